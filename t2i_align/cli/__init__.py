@@ -1,0 +1,87 @@
+"""The command line: one file a verb, no logic of its own.
+
+``VERBS`` is the literal table of verbs. Verb modules are light: whatever needs torch is imported by
+the function that needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from t2i_align import __version__
+from t2i_align.errors import EXIT_CODES, UserError
+
+VERBS: dict[str, str] = {
+    "ls": "t2i_align.cli.ls:ls",
+    "cp": "t2i_align.cli.cp:cp",
+    "schema": "t2i_align.cli.schema:schema",
+    "validate": "t2i_align.cli.validate:validate",
+    "train": "t2i_align.cli.train:train",
+    "generate": "t2i_align.cli.generate:generate",
+    "doctor": "t2i_align.cli.doctor:doctor",
+    "cite": "t2i_align.cli.cite:cite",
+}
+EPILOG = "Exit codes: " + " · ".join(f"{code} {what}" for code, what in EXIT_CODES.items())
+
+
+def report(error: UserError) -> None:
+    """Print an error for a person, on stderr, in red where the terminal can."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text.assemble(("error: ", "bold red"), (str(error), "red"))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+
+
+def guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose user errors become a message and the documented exit code."""
+
+    @functools.wraps(function)
+    def verb(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            report(error)
+            raise typer.Exit(error.exit_code) from error
+
+    return verb
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"t2i-align {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Align image, speech and 3D generators to preferences: one YAML recipe a run."""
+
+
+def build_app() -> typer.Typer:
+    """The application with every verb of the table."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        epilog=EPILOG,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(epilog=EPILOG)(_root)
+    for name, path in VERBS.items():
+        module, _, function = path.partition(":")
+        app.command(name)(guarded(getattr(importlib.import_module(module), function)))
+    return app
+
+
+def main() -> None:
+    """Entry point of the ``t2i-align`` script."""
+    build_app()(prog_name="t2i-align")

@@ -1,0 +1,1 @@
+"""What samples are worth: detections, verdicts, means with intervals."""

@@ -1,0 +1,89 @@
+"""Architectures of well-known hub models, so that a recipe can be checked with no download.
+
+Only what the denoiser's and scheduler's configs must say. Parameter totals are asserted by a test:
+859,520,964 for SD1.5 and 2,567,463,684 for SDXL, the published sizes of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """The parts of a pipeline folder that planning reads."""
+
+    index: dict[str, Any]
+    denoiser: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+SD_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+SD15_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SDXL_UNET = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD3_TRANSFORMER = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 192,
+}
+
+
+def _sd(pipeline: str, denoiser: dict[str, Any]) -> KnownModel:
+    index = {"_class_name": pipeline, "unet": ["diffusers", "UNet2DConditionModel"]}
+    return KnownModel(index, denoiser, SD_SCHEDULER)
+
+
+SD3_MEDIUM = KnownModel(
+    {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+    },
+    SD3_TRANSFORMER,
+    {"num_train_timesteps": 1000, "shift": 3.0},
+)
+KNOWN: dict[str, KnownModel] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd("StableDiffusionPipeline", SD15_UNET),
+    "stabilityai/stable-diffusion-xl-base-1.0": _sd("StableDiffusionXLPipeline", SDXL_UNET),
+    "stabilityai/stable-diffusion-3-medium-diffusers": SD3_MEDIUM,
+}

@@ -1,0 +1,182 @@
+"""Which weights score an event: the policy, its frozen reference, or an average of the policy.
+
+With LoRA the reference is the policy with its adapters off, which costs no memory. For full
+fine-tuning it is a frozen copy. ``ema`` swaps averaged weights in for the duration of a block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i_align.contract import View
+from t2i_align.errors import ModelError
+from t2i_align.generators.adapters import LoraOptions
+
+
+class Views:
+    """The views of one trainable module.
+
+    Args:
+        module: the policy network, adapters included.
+        reference: None when the policy never needs one, ``module`` itself for adapters off, else a
+            frozen copy.
+    """
+
+    def __init__(self, module: nn.Module, reference: nn.Module | None) -> None:
+        """Policy in eval mode: scoring is deterministic, dropout never enters a likelihood."""
+        self.module = module
+        self.reference = reference
+        self.wrapped: nn.Module = module
+        self.ema: Mapping[str, Tensor] | None = None
+
+    @contextmanager
+    def use(self, view: View) -> Iterator[nn.Module]:
+        """Yield the network to call for ``view``."""
+        if view == "policy":
+            yield self.wrapped if torch.is_grad_enabled() else self.module
+        elif view == "reference":
+            with self._reference() as module:
+                yield module
+        elif view == "ema":
+            with self._swapped(self.ema) as module:
+                yield module
+        else:
+            raise ValueError(f"this run keeps no '{view}' weights; known: policy, reference, ema")
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        if self.reference is None:
+            raise ValueError(
+                "no reference was set up; the objective must declare the view 'reference'"
+            )
+        if self.reference is not self.module:
+            yield self.reference
+            return
+        toggle_adapters(self.module, enabled=False)
+        try:
+            yield self.module
+        finally:
+            toggle_adapters(self.module, enabled=True)
+
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
+        if weights is None:
+            raise ValueError("no averaged weights; set train.ema_decay")
+        live = {k: p for k, p in self.module.named_parameters() if k in weights}
+        kept = {k: p.detach().clone() for k, p in live.items()}
+        try:
+            with torch.no_grad():
+                for k, p in live.items():
+                    p.copy_(weights[k])
+            yield self.module
+        finally:
+            with torch.no_grad():
+                for k, p in live.items():
+                    p.copy_(kept[k])
+
+
+def toggle_adapters(module: nn.Module, *, enabled: bool) -> None:
+    """Switch every peft layer of a module on or off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(enabled)
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Full names of all linear layers (peft's ``all-linear``, for any module)."""
+    return [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+
+
+def add_lora(module: nn.Module, options: LoraOptions, preset: list[str], seed: int) -> None:
+    """Freeze a module and inject LoRA layers, float32, initialised from ``seed``.
+
+    Args:
+        module: the network, changed in place.
+        options: the recipe's LoRA options.
+        preset: what ``target_modules: attention`` means for this family.
+        seed: of the initialisation of A; B is zero.
+
+    Raises:
+        ModelError: no module matches ``target_modules``.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = options.target_modules
+    if targets == "attention":
+        targets = preset
+    elif targets == "all-linear":
+        targets = linear_names(module)
+    module.requires_grad_(False)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        target_modules=list(targets),
+        init_lora_weights="gaussian" if options.init_lora_weights == "gaussian" else True,
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, module, adapter_name="default")
+    except ValueError as error:
+        suffixes = sorted({".".join(n.split(".")[-2:]) for n in linear_names(module)})[:20]
+        raise ModelError(
+            f"model.lora.target_modules={options.target_modules!r} matches no layer of "
+            f"{type(module).__name__} ({error})",
+            f"use 'attention', 'all-linear', or suffixes such as {', '.join(suffixes)}",
+        ) from error
+    for p in module.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def build_views(
+    module: nn.Module,
+    lora: LoraOptions | None,
+    preset: list[str],
+    seed: int,
+    *,
+    reference: bool,
+    reference_mode: str = "auto",
+) -> Views:
+    """Prepare a freshly loaded network for training.
+
+    Adapters or full, and the reference it is compared with.
+    """
+    module.eval()
+    frozen: nn.Module | None = None
+    if reference and (lora is None or reference_mode == "frozen_copy"):
+        frozen = copy.deepcopy(module).requires_grad_(False)
+    if lora is None:
+        module.requires_grad_(True)
+    else:
+        add_lora(module, lora, preset, seed)
+        if reference and frozen is None:
+            frozen = module
+    module.eval()
+    return Views(module, frozen)
+
+
+def save_peft_adapter(module: nn.Module, base: str, folder: str) -> list[str]:
+    """Write an injected adapter as a stock peft folder (``PeftModel.from_pretrained`` reads it)."""
+    from pathlib import Path
+
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(module)
+    state = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(state, f"{folder}/adapter_model.safetensors")
+    config: Any = module.peft_config["default"]  # type: ignore[index]
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    return ["adapter_model.safetensors", "adapter_config.json"]

@@ -1,0 +1,58 @@
+r"""Supervised fine-tuning on winners (or on all desirable items): the plain likelihood.
+
+    loss = mean over items of the denoising error (elbo), or of -log p per token (token).
+
+The ``--sft`` mode of the released Diffusion-DPO code: winner only, noise and time drawn per image,
+the mean squared error over everything. For tokens it is the cross-entropy, averaged over the tokens
+of the batch's items.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from t2i_align.contract import Coupling, Layout, LossOutput, ScoredBatch
+from t2i_align.objectives.margin import by_time_bin, weighted_mean
+from t2i_align.options import Options
+from t2i_align.protocols import Stats
+
+
+class SFTOptions(Options):
+    """Options of ``objective: {type: sft}``."""
+
+    type: Literal["sft"] = "sft"
+
+
+class SFT:
+    """Maximum likelihood.
+
+    Uses every item a record calls good (a pair's winner, a binary record labelled +1).
+    """
+
+    Options: ClassVar[type[Options]] = SFTOptions
+    kinds: ClassVar[frozenset[str]] = frozenset({"elbo", "token", "masked"})
+    views: ClassVar[frozenset[str]] = frozenset({"policy"})
+    layout: ClassVar[Layout] = "winners"
+    coupling: ClassVar[Coupling] = "none"
+    cacheable_reference: ClassVar[bool] = True
+    bounded_below: ClassVar[bool] = True
+    citation: ClassVar[str] = ""
+
+    def __init__(self, options: SFTOptions) -> None:
+        """Keep the options."""
+        self.options = options
+
+    def init_state(self) -> dict[str, Tensor]:
+        """Stateless."""
+        return {}
+
+    def __call__(self, batch: ScoredBatch, state: dict[str, Tensor], stats: Stats) -> LossOutput:
+        """Mean error or mean negative log-likelihood."""
+        score = batch.scores["policy"]
+        per_item = score.error_per_item() if score.error is not None else -score.per_item("mean")
+        metrics = {"sft/nll": per_item.detach()}
+        if batch.lam is not None:
+            metrics |= by_time_bin("sft/nll", per_item.detach(), batch.lam.float().mean(1))
+        return LossOutput(weighted_mean(per_item, batch.weight), per_item, metrics, state)

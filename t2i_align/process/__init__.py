@@ -1,0 +1,1 @@
+"""Pure mathematics of noising processes: no models, no configuration."""

@@ -1,0 +1,112 @@
+r"""Noising processes ``x_t = alpha_t x_0 + sigma_t eps``.
+
+    VP          alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), integer t in [0, T)     (DDPM)
+    Rectified   alpha = 1 - sigma, sigma in [0, 1]; the model is told time_scale * sigma
+    (rectified flow)
+
+Both map a canonical level in [0, 1) to the model's time. A rectified process may warp levels with a
+static shift k, ``sigma = k s / (1 + (k - 1) s)`` (SD3 paper), the warp its sampler uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Process(Protocol):
+    """What a generator needs of a noising process."""
+
+    def time(self, level: Tensor) -> Tensor:
+        """Model time of canonical noise levels, any shape."""
+        ...
+
+    def level(self, time: Tensor) -> Tensor:
+        """Canonical noise level in [0, 1] of model times; metrics bin on it."""
+        ...
+
+    def coefficients(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """``(alpha, sigma)`` at model times, float32, same shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class VP:
+    """Variance preserving, discrete time.
+
+    Args:
+        alphas_cumprod: ``(T,)`` abar_t.
+    """
+
+    alphas_cumprod: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.alphas_cumprod.shape[0]
+
+    def time(self, level: Tensor) -> Tensor:
+        """``floor(level T)`` as int64: a uniform level is a uniform integer in [0, T)."""
+        return (level * self.num_steps).long().clamp(0, self.num_steps - 1)
+
+    def level(self, time: Tensor) -> Tensor:
+        """``(t + 1/2) / T``."""
+        return (time.float() + 0.5) / self.num_steps
+
+    def coefficients(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Square roots of abar_t and 1 - abar_t, rounded once from float64."""
+        abar = self.alphas_cumprod.double().to(time.device)[time.long()]
+        return abar.sqrt().float(), (1 - abar).clamp(min=0).sqrt().float()
+
+
+@dataclass(frozen=True)
+class Rectified:
+    """Straight path between data and noise.
+
+    Args:
+        time_scale: what the network is told is ``time_scale * sigma`` (1000 for SD3).
+        shift: static warp k of the level; 1 for none.
+    """
+
+    time_scale: float = 1000.0
+    shift: float = 1.0
+
+    def time(self, level: Tensor) -> Tensor:
+        """``time_scale * sigma`` as float32."""
+        sigma = self.shift * level / (1 + (self.shift - 1) * level)
+        return (self.time_scale * sigma).float()
+
+    def level(self, time: Tensor) -> Tensor:
+        """Sigma itself."""
+        return time.float() / self.time_scale
+
+    def coefficients(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """``(1 - sigma, sigma)``."""
+        sigma = self.level(time)
+        return 1 - sigma, sigma
+
+
+def broadcast(c: Tensor, like: Tensor) -> Tensor:
+    """Append singleton dimensions to ``c`` until it broadcasts over ``like``."""
+    return c.reshape(c.shape + (1,) * (like.dim() - c.dim()))
+
+
+def noised(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """``alpha x_0 + sigma eps`` with per-row coefficients."""
+    return broadcast(alpha, x_0) * x_0 + broadcast(sigma, x_0) * eps
+
+
+def vp_from_scheduler(config: dict[str, object]) -> VP:
+    """The training schedule behind any DDPM-like scheduler config of diffusers.
+
+    Uses diffusers' own DDPMScheduler, so betas, zero-terminal-SNR rescaling and trained betas are
+    its business.
+    """
+    from diffusers import DDPMScheduler
+
+    known = {k: v for k, v in config.items() if not k.startswith("_")}
+    scheduler: Any = DDPMScheduler.from_config(known)
+    return VP(torch.as_tensor(scheduler.alphas_cumprod).double())

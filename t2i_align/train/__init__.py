@@ -1,0 +1,1 @@
+"""The engine around it all: the loop, precision, checkpoints, resume, logging."""

@@ -1,0 +1,24 @@
+"""Entry point of ``t2i-align train``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from t2i_align.recipe import Recipe
+
+
+def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
+    """Run a recipe to the end.
+
+    Args:
+        recipe: from :func:`t2i_align.recipe.load_recipe`.
+        console: where progress goes; standard error by default.
+
+    Returns:
+        The run's summary, also written to ``<output_dir>/summary.json``.
+    """
+    from t2i_align.train.offline import OfflineRun
+
+    return OfflineRun(recipe, console or Console(stderr=True)).run()

@@ -1,0 +1,89 @@
+"""Shipped recipes load, are commented, and hold the published numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from recipe_files import write_pairs
+
+from t2i_align.recipe import Recipe, load_recipe, shipped
+
+NAMES = list(shipped())
+
+
+def loaded(name: str, tmp_path: Path) -> Recipe:
+    return load_recipe(name, [f"data.path={write_pairs(tmp_path / 'd.parquet')}"])
+
+
+def test_the_list() -> None:
+    assert NAMES == [
+        "sd15_dpo",
+        "sd15_dpo_lora_8gb",
+        "sd3_dpo_lora_24gb",
+        "sdxl_dpo",
+        "sdxl_dpo_lora_24gb",
+        "sdxl_sft_lora_24gb",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_with_data_in_place(name: str, tmp_path: Path) -> None:
+    recipe = loaded(name, tmp_path)
+    assert (recipe.model.lora is not None) == ("lora" in name)
+    assert recipe.objective.model_dump()["type"] == name.split("_")[1]
+    assert recipe.chosen("model").__name__ == "DiffusersGenerator"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_data_the_message_names_the_path(name: str) -> None:
+    with pytest.raises(Exception, match=r"data\.path: .*pickapic_v2/data/train-\*\.parquet"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_says_how_to_run_it_on_what_at_which_cost(name: str) -> None:
+    lines = shipped()[name].read_text().splitlines()
+    header = lines[: lines.index("")]
+    assert len(lines) <= 60
+    assert all(line.startswith("#") for line in header)
+    text = "\n".join(header)
+    for part in ("# Data:", "# Run:", "# Hardware:", "# Cost:", "not measured"):
+        assert part in text
+    assert re.search(rf"t2i[-_]align train {name}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_knob_is_commented(name: str) -> None:
+    """Sections, types and names need no reason; every other key has one on its line."""
+    free = {"output_dir", "type", "name_or_path"}
+    for line in shipped()[name].read_text().splitlines():
+        key, colon, rest = line.partition(":")
+        if line.startswith("#") or not colon or not rest.strip() or key.strip() in free:
+            continue
+        assert "  # " in rest, line
+
+
+@pytest.mark.parametrize(
+    ("name", "beta", "warmup", "optimizer", "resolution"),
+    [("sd15_dpo", 5000.0, 500, "adamw", 512), ("sdxl_dpo", 5000.0, 200, "adafactor", 1024)],
+)
+def test_published_numbers(
+    name: str, beta: float, warmup: int, optimizer: str, resolution: int, tmp_path: Path
+) -> None:
+    """The released launchers: 2048 pairs a step, and 1e-8 a pair makes 2.048e-5."""
+    recipe = loaded(name, tmp_path)
+    train = recipe.train
+    pairs = 16 * train.train_batch_size * train.gradient_accumulation_steps
+    assert pairs == 2048
+    assert train.scale_lr and train.learning_rate * pairs == pytest.approx(2.048e-5)
+    assert (train.lr_scheduler, train.lr_warmup_steps) == ("constant_with_warmup", warmup)
+    assert (train.optimizer, train.max_train_steps) == (optimizer, 2000)
+    assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (train.weight_decay, train.max_grad_norm) == (1e-2, 1.0)
+    assert recipe.objective.model_dump()["beta"] == beta
+    assert recipe.data.model_dump()["proportion_empty_prompts"] == 0.2
+    assert recipe.data.model_dump()["ties"] == "drop"
+    assert recipe.model.model_dump()["resolution"] == resolution
+    assert recipe.model.lora is None and recipe.model.dtype == "float32"

@@ -1,0 +1,188 @@
+"""Diffusion-DPO against numbers worked out by hand from the released formula (float64 where
+stated).
+
+V1.a: m_w=.1000 m_l=.1200 r_w=.1004 r_l=.1201, beta 2000. D = (m_w - m_l) - (r_w - r_l) = -.0200 +
+    .0197 = -.0003,
+u = -(2000/2) D = .3, loss = log(1 + e^-.3) = .5543552445, dL/dm_w = (beta/2) sigmoid(-u) =
+425.5574832.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2i_align.contract import Event, LossOutput, Score, ScoredBatch
+from t2i_align.objectives.dpo import DPO, DPOOptions
+from t2i_align.process.convert import target, to_x0_eps
+from t2i_align.process.elbo import elbo_score
+from t2i_align.protocols import LocalStats
+
+
+def elbo(errors: Tensor) -> Score:
+    """A score of given mean errors, one draw an item."""
+    error = errors[:, None]
+    ones = torch.ones_like(error)
+    return Score("elbo", -0.5 * error, ones.bool(), ones.long(), "mean", error=error)
+
+
+def run(
+    m: Tensor, r: Tensor, beta: float, preference: float = 1.0, smoothing: float = 0.0
+) -> LossOutput:
+    """Winners first, losers second."""
+    num = len(m) // 2
+    index = torch.arange(num)
+    batch = ScoredBatch(
+        scores={"policy": elbo(m), "reference": elbo(r)},
+        chosen=index,
+        rejected=index + num,
+        preference=torch.full((num,), preference, dtype=m.dtype),
+    )
+    objective = DPO(DPOOptions(beta=beta, label_smoothing=smoothing))
+    return objective(batch, {}, LocalStats())
+
+
+def f64(*values: float) -> Tensor:
+    """A float64 vector."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_v1a_loss_and_gradient() -> None:
+    m = f64(0.1000, 0.1200).requires_grad_()
+    out = run(m, f64(0.1004, 0.1201), 2000.0)
+    out.loss.backward()
+    assert m.grad is not None
+    assert out.loss.item() == pytest.approx(0.5543552445, abs=1e-9)
+    assert m.grad[0].item() == pytest.approx(425.5574832, abs=1e-6)
+    assert m.grad[1].item() == pytest.approx(-425.5574832, abs=1e-6)
+
+
+def test_v1b_mean_of_logsigmoid_not_logsigmoid_of_mean() -> None:
+    m, r = f64(0.1, 0.2, 0.12, 0.19), f64(0.1004, 0.2002, 0.1201, 0.1905)
+    out = run(m, r, 5000.0)
+    assert out.loss.item() == pytest.approx(0.7618710061, abs=1e-9)
+    assert out.metrics["rewards/accuracies"].mean().item() == 0.5
+    assert out.loss.item() != pytest.approx(math.log(2), abs=1e-3)
+
+
+E_ = torch.tensor([[[1.0, 0.0], [-1.0, 2.0]]], dtype=torch.float64)
+PRED_W = torch.tensor([[[0.9, 0.1], [-1.0, 1.9]]], dtype=torch.float64)
+PRED_L = torch.tensor([[[0.8, 0.0], [-0.8, 2.2]]], dtype=torch.float64)
+REF_W = torch.tensor([[[0.8, 0.1], [-1.0, 1.8]]], dtype=torch.float64)
+REF_L = torch.tensor([[[0.8, 0.1], [-0.8, 2.1]]], dtype=torch.float64)
+
+
+def scored(preds: Tensor, noise: Tensor) -> Score:
+    """The suite's own error computation on ``(B, 1, 2, 2)`` predictions, one draw."""
+    num = preds.shape[0]
+    event = Event(
+        kind="elbo",
+        cond={},
+        mask=torch.ones(num, 1, dtype=torch.bool),
+        x_t=noise.unsqueeze(1),
+        time=torch.zeros(num, 1),
+        target=noise.unsqueeze(1),
+    )
+    return elbo_score(preds, event, frozenset())
+
+
+def test_v1c_through_predictions_with_gradient() -> None:
+    """From tensors.
+
+    U = 1, loss .3132616875, dL/dpred_w = +6.723535534 (pred_w - e), loser the negative.
+    """
+    preds = torch.stack([PRED_W, PRED_L]).float().requires_grad_()
+    noise = torch.stack([E_, E_]).float()
+    refs = torch.stack([REF_W, REF_L]).float()
+    batch = ScoredBatch(
+        scores={"policy": scored(preds, noise), "reference": scored(refs, noise)},
+        chosen=torch.tensor([0]),
+        rejected=torch.tensor([1]),
+        preference=torch.ones(1),
+    )
+    out = DPO(DPOOptions(beta=100.0))(batch, {}, LocalStats())
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0.3132616875, abs=1e-6)
+    assert preds.grad is not None
+    torch.testing.assert_close(preds.grad[0], 6.723535534 * (preds[0] - noise[0]).detach())
+    torch.testing.assert_close(preds.grad[1], -6.723535534 * (preds[1] - noise[1]).detach())
+    gap = out.metrics["error_gap/chosen"].item(), out.metrics["error_gap/rejected"].item()
+    assert gap == pytest.approx((0.0075 - 0.0225, 0.03 - 0.025), abs=1e-6)
+
+
+def test_v1d_policy_equals_reference_is_ln2_with_gradient() -> None:
+    m = f64(0.3, 0.4).requires_grad_()
+    out = run(m, m.detach(), 5000.0)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-12)
+    assert m.grad is not None and m.grad[0].item() == pytest.approx(1250.0)  # beta/2 * sigmoid(0)
+
+
+def test_flow_vector_8_7() -> None:
+    """x0_w=[1,-1], x0_l=[.5,.5], e=[.2,.4], t=.6.
+
+    Errors .01 .045 against .025 .025: u = 1.75 at beta 100.
+    """
+    x_0 = torch.tensor([[1.0, -1.0], [0.5, 0.5]])
+    eps = torch.tensor([[0.2, 0.4], [0.2, 0.4]])
+    alpha, sigma = torch.full((2,), 0.4), torch.full((2,), 0.6)
+    v = target("velocity", x_0, eps, alpha, sigma)
+    torch.testing.assert_close(v, torch.tensor([[-0.8, 1.4], [-0.3, -0.1]]))
+    x_t = alpha[:, None] * x_0 + sigma[:, None] * eps
+    torch.testing.assert_close(x_t, torch.tensor([[0.52, -0.16], [0.32, 0.44]]))
+    policy = v + torch.tensor([[0.1, -0.1], [0.3, 0.0]])
+    reference = v + torch.tensor([[0.2, -0.1], [0.2, 0.1]])
+    m, r = ((p - v).square().mean(1).double() for p in (policy, reference))
+    assert run(m, r, 100.0).loss.item() == pytest.approx(0.1602241504, abs=1e-6)
+    scaled = run(m, r, 100.0 * 0.4**2)  # beta_t = beta (1 - t)^2, the derivation's weight
+    assert scaled.loss.item() == pytest.approx(0.5629153336, abs=1e-6)
+    got_x0, got_eps = to_x0_eps("velocity", policy, x_t, alpha, sigma)
+    assert (got_eps[0] - eps[0]).square().mean().item() == pytest.approx(0.0016, abs=1e-7)
+    assert (got_x0[0] - x_0[0]).square().mean().item() == pytest.approx(0.0036, abs=1e-7)
+
+
+def test_kept_tie_and_label_smoothing_are_cdpo() -> None:
+    """u = .3: smoothing .1 gives .5843552445; a tie averages both directions."""
+    m, r = f64(0.1000, 0.1200), f64(0.1004, 0.1201)
+    assert run(m, r, 2000.0, smoothing=0.1).loss.item() == pytest.approx(0.5843552445, abs=1e-9)
+    tie = run(m, r, 2000.0, preference=0.5).loss.item()
+    assert tie == pytest.approx((math.log1p(math.exp(-0.3)) + math.log1p(math.exp(0.3))) / 2)
+
+
+def test_token_scores_use_the_joint_log_ratio() -> None:
+    """rho = beta sum_u (log p - log p_ref) over unmasked tokens only."""
+    logp = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -1.0, -1.0]], dtype=torch.float64)
+    ref = torch.tensor([[-2.0, -2.0, 5.0], [-1.0, -1.0, -0.5]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    score = lambda x: Score("token", x, mask, torch.ones_like(x).long(), "sum")  # noqa: E731
+    batch = ScoredBatch(
+        {"policy": score(logp), "reference": score(ref)},
+        torch.tensor([0]),
+        torch.tensor([1]),
+        torch.ones(1, dtype=torch.float64),
+    )
+    out = DPO(DPOOptions(beta=0.1))(batch, {}, LocalStats())
+    assert out.metrics["rewards/chosen"].item() == pytest.approx(0.1)
+    assert out.metrics["rewards/rejected"].item() == pytest.approx(-0.05)
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-0.15)))
+
+
+def test_metrics_by_time_bin_and_std() -> None:
+    m, r = torch.tensor([0.1, 0.2, 0.12, 0.19]), torch.tensor([0.1004, 0.2002, 0.1201, 0.1905])
+    index = torch.arange(2)
+    batch = ScoredBatch(
+        {"policy": elbo(m), "reference": elbo(r)},
+        index,
+        index + 2,
+        torch.ones(2),
+        lam=torch.tensor([[0.05], [0.95], [0.05], [0.95]]),
+    )
+    out = DPO(DPOOptions(beta=5000.0))(batch, {}, LocalStats())
+    first, last = out.metrics["rewards/accuracies/t0"], out.metrics["rewards/accuracies/t4"]
+    assert first[0] == 1.0 and first[1].isnan() and last[1] == 0.0 and last[0].isnan()
+    torch.testing.assert_close(
+        out.metrics["logits/std"], torch.tensor([0.75, -0.75]), atol=1e-3, rtol=0
+    )

@@ -1,0 +1,120 @@
+"""``generate``: reproducible by prompt, resumable, and honest about what is in its folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from t2i_align.errors import DataError, ModelError
+from t2i_align.generators.diffusers_family import DiffusersGenerator
+from t2i_align.generators.diffusers_options import DiffusersOptions
+from t2i_align.rollout.generate import Settings, generate, load_weights, read_prompts
+from tests import runs
+from tests.tiny import pipeline_folder
+
+QUICK = Settings(num_inference_steps=2, guidance_scale=3.0, images_per_prompt=2, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline_folder("sdxl", tmp_path_factory.mktemp("sdxl"))
+
+
+def generator(folder: Path) -> DiffusersGenerator:
+    made = DiffusersGenerator(DiffusersOptions(name_or_path=str(folder), resolution=64))
+    load_weights(made, None, None)
+    return made
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_depend_on_the_prompt_not_on_its_place(folder: Path, tmp_path: Path) -> None:
+    g, quiet = generator(folder), Console(file=io.StringIO())
+    assert generate(g, ["a cat", "a dog"], QUICK, tmp_path / "a", quiet) == 4
+    assert generate(g, ["a dog"], QUICK, tmp_path / "b", quiet) == 2
+    for image in ("00", "01"):
+        one = pixels(tmp_path / "a" / f"00001-{image}.png")
+        two = pixels(tmp_path / "b" / f"00000-{image}.png")
+        assert np.abs(one - two).max() <= 1
+    first, second = (pixels(tmp_path / "a" / f"00001-0{k}.png") for k in (0, 1))
+    assert (first != second).any()
+    rows = [json.loads(x) for x in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
+    assert [r["file_name"] for r in rows][:2] == ["00000-00.png", "00000-01.png"]
+    assert rows[2]["prompt"] == "a dog" and rows[2]["num_inference_steps"] == 2
+
+
+def test_continues_and_refuses_other_settings(folder: Path, tmp_path: Path) -> None:
+    g, quiet = generator(folder), Console(file=io.StringIO())
+    generate(g, ["a cat"], QUICK, tmp_path, quiet)
+    kept = (tmp_path / "00000-00.png").read_bytes()
+    (tmp_path / "00000-01.png").unlink()
+    assert generate(g, ["a cat"], QUICK, tmp_path, quiet) == 1
+    assert (tmp_path / "00000-00.png").read_bytes() == kept
+    with pytest.raises(DataError, match="nothing in it was touched"):
+        generate(g, ["another"], QUICK, tmp_path, quiet)
+
+
+def test_adapter_and_full_weights_change_the_picture(folder: Path, tmp_path: Path) -> None:
+    data = runs.pickapic(tmp_path / "p.parquet", 8)
+    sections = {
+        "model": {"name_or_path": str(folder), "resolution": 64, "lora": {"r": 2, "lora_alpha": 2}},
+        "objective": {"type": "dpo", "beta": 100.0},
+        "data": {"type": "pickapic", "path": str(data)},
+        "cache": {"dir": str(tmp_path / "cache")},
+        "train": {
+            "report_to": "none",
+            "learning_rate": 1e-2,
+            "max_train_steps": 3,
+            "train_batch_size": 4,
+        },
+    }
+    runs.train(tmp_path, "lora", sections)
+    del sections["model"]["lora"]
+    runs.train(tmp_path, "full", sections)
+    quiet = Console(file=io.StringIO())
+    generate(generator(folder), ["a cat"], QUICK, tmp_path / "base", quiet)
+    for name, lora, denoiser in (
+        ("lora", str(tmp_path / "lora"), None),
+        ("full", None, str(tmp_path / "full" / "unet")),
+    ):
+        made = DiffusersGenerator(DiffusersOptions(name_or_path=str(folder), resolution=64))
+        load_weights(made, lora, denoiser)
+        generate(made, ["a cat"], QUICK, tmp_path / f"{name}-pictures", quiet)
+        a = pixels(tmp_path / "base" / "00000-00.png")
+        assert (a != pixels(tmp_path / f"{name}-pictures" / "00000-00.png")).any(), name
+    with pytest.raises(ModelError, match="--lora: cannot load"):
+        load_weights(generator(folder), str(tmp_path / "nothing"), None)
+    with pytest.raises(ModelError, match="--denoiser: no diffusion_pytorch_model"):
+        load_weights(generator(folder), None, str(tmp_path))
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    text = tmp_path / "p.txt"
+    text.write_text("a cat\n\na dog\n")
+    assert read_prompts(text) == ["a cat", "a dog"]
+    lines = runs.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}, {"promt": "y"}])
+    with pytest.raises(DataError, match=r"p\.jsonl:2 is no JSON object with a 'prompt'"):
+        read_prompts(lines)
+    (tmp_path / "e.txt").write_text("\n")
+    with pytest.raises(DataError, match="holds no prompts"):
+        read_prompts(tmp_path / "e.txt")
+    with pytest.raises(DataError, match="cannot read"):
+        read_prompts(tmp_path / "missing.txt")
+
+
+def test_torch_global_generator_is_not_used(folder: Path, tmp_path: Path) -> None:
+    quiet = Console(file=io.StringIO())
+    for name, seed in (("a", 1), ("b", 2)):
+        torch.manual_seed(seed)
+        generate(generator(folder), ["a cat"], QUICK, tmp_path / name, quiet)
+    one, two = (tmp_path / n / "00000-00.png" for n in ("a", "b"))
+    assert one.read_bytes() == two.read_bytes()

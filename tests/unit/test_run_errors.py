@@ -1,0 +1,197 @@
+"""What a run says when something is wrong.
+
+Each message names the thing and the fix, and nothing saved is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_align.errors import (
+    DataError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    StorageError,
+    TrainingError,
+    UserError,
+)
+from t2i_align.train import checkpoint
+from tests import runs
+from tests.tiny import pipeline_folder, voxel_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.point_model(tmp_path_factory.mktemp("model"))
+
+
+def sections(model: Path, folder: Path, **train: Any) -> dict[str, Any]:
+    data = folder / "pairs.jsonl"
+    if not data.exists():
+        runs.point_pairs(data, 32, seed=0)
+    options: dict[str, Any] = {
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+    }
+    return runs.voxel_sections(model, data, folder / "cache", **options | train)
+
+
+def test_non_finite_loss_names_step_and_records(model: Path, tmp_path: Path) -> None:
+    """A rate that blows up after the first checkpoint.
+
+    Stop, name step and records, keep the checkpoint.
+    """
+    recipe = sections(model, tmp_path, learning_rate=1e38, max_train_steps=9, checkpointing_steps=1)
+    with pytest.raises(TrainingError) as caught:
+        runs.train(tmp_path, "run", recipe)
+    text = str(caught.value)
+    assert "non-finite loss at step" in text and "records: " in text
+    assert "resume_from_checkpoint=latest" in text and caught.value.exit_code == 5
+    named = text.split("records: ")[1].split(";")[0].split(", ")
+    assert 1 <= len(named) <= 8 and all(0 <= int(n) < 32 for n in named)
+    kept = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", None)
+    assert kept.load("latest") is not None
+
+
+def test_output_folder_of_another_run_is_refused(model: Path, tmp_path: Path) -> None:
+    recipe = sections(model, tmp_path)
+    runs.train(tmp_path, "run", recipe)
+    before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(OutputError, match=r"already holds a run\n.*resume_from_checkpoint=latest"):
+        runs.train(tmp_path, "run", recipe)
+    with pytest.raises(
+        OutputError, match=r"another recipe: objective\.beta: 5\.0 -> 7\.0"
+    ) as caught:
+        runs.train(
+            tmp_path, "run", recipe, "objective.beta=7", "train.resume_from_checkpoint=latest"
+        )
+    assert caught.value.exit_code == 7
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_output_folder_with_other_files_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputError, match="holds no run of t2i-align"):
+        runs.train(tmp_path, "run", sections(model, tmp_path))
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+
+
+def test_resume_of_a_finished_run_can_be_longer(model: Path, tmp_path: Path) -> None:
+    recipe = sections(model, tmp_path)
+    runs.train(tmp_path, "run", recipe)
+    summary = runs.train(
+        tmp_path, "run", recipe, "train.max_train_steps=6", "train.resume_from_checkpoint=latest"
+    )
+    assert summary["steps"] == 6 and len(runs.losses(tmp_path / "run")) == 6
+
+
+def test_disk_full_while_saving_keeps_the_old_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = checkpoint.save_file, []
+
+    def failing(tensors: Any, path: Any) -> None:
+        calls.append(path)
+        if len(calls) > 2:  # the second checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", failing)
+    with pytest.raises(
+        StorageError, match=r"No space left.*earlier checkpoints are intact"
+    ) as caught:
+        runs.train(tmp_path, "run", sections(model, tmp_path))
+    assert caught.value.exit_code == 6
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    resumed = sections(model, tmp_path)
+    runs.train(tmp_path, "run", resumed, "train.resume_from_checkpoint=latest")
+    runs.train(tmp_path, "clean", resumed)
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "clean")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(model: Path, tmp_path: Path) -> None:
+    recipe = sections(model, tmp_path)
+    runs.train(tmp_path, "run", recipe)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004" / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    again = runs.train(tmp_path, "run", recipe, "train.resume_from_checkpoint=latest")
+    assert again["steps"] == 4
+    runs.train(tmp_path, "clean", recipe)
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "clean")
+
+
+def test_all_ties_and_no_usable_pair(model: Path, tmp_path: Path) -> None:
+    sdxl = pipeline_folder("sdxl", tmp_path / "sdxl")
+    for name, kinds in {"ties": {"ties": range(6)}, "broken": {"broken": range(6)}}.items():
+        data = runs.pickapic(tmp_path / f"{name}.parquet", 6, **kinds)
+        recipe = {
+            "model": {"name_or_path": str(sdxl), "resolution": 64, "lora": {"r": 2}},
+            "objective": {"type": "dpo"},
+            "data": {"type": "pickapic", "path": str(data)},
+            "cache": {"dir": str(tmp_path / "cache")},
+        }
+        with pytest.raises(DataError) as caught:
+            runs.train(tmp_path, name, recipe)
+        assert caught.value.exit_code == 3
+        assert ("6 ties" in str(caught.value)) is (name == "ties"), str(caught.value)
+
+
+def test_missing_model_wrong_column_unreadable_parquet(model: Path, tmp_path: Path) -> None:
+    """Found before anything is created, through the same recipe checks ``validate`` runs."""
+    good = sections(model, tmp_path)
+    cases: list[tuple[dict[str, Any], str]] = []
+    missing = json.loads(json.dumps(good))
+    missing["model"] = {"type": "diffusers", "name_or_path": str(tmp_path / "nowhere")}
+    cases.append((missing, "model.name_or_path"))
+    column = json.loads(json.dumps(good))
+    path = runs.write_jsonl(tmp_path / "c.jsonl", [{"prompt": "p", "chosn": [1], "rejected": [2]}])
+    column["data"]["path"] = str(path)
+    cases.append((column, "chosen"))
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(b"PAR1 not really")
+    parquet = json.loads(json.dumps(good))
+    parquet["data"]["path"] = str(torn)
+    cases.append((parquet, "torn.parquet"))
+    for number, (recipe, named) in enumerate(cases):
+        with pytest.raises(UserError) as caught:
+            runs.train(tmp_path, f"bad{number}", recipe)
+        assert isinstance(caught.value, (RecipeError, ModelError, DataError))
+        assert named in str(caught.value)
+        assert not (tmp_path / f"bad{number}").exists()
+
+
+def test_frozen_weights_stay_bit_equal_and_adapters_move(tmp_path: Path) -> None:
+    """One DPO step changes only what should train, for full and LoRA runs of the voxel flow."""
+    from safetensors.torch import load_file
+
+    model = voxel_folder(tmp_path / "voxel")
+    torch.manual_seed(0)
+    rows = [
+        {"id": str(i), "prompt": "p"}
+        | {k: torch.randn(8, 16, 16, 16).tolist() for k in ("chosen", "rejected")}
+        for i in range(4)
+    ]
+    data = runs.write_jsonl(tmp_path / "v.jsonl", rows)
+    base = load_file(model / "diffusion_pytorch_model.safetensors")
+    recipe = runs.voxel_sections(
+        model, data, tmp_path / "cache", learning_rate=1e-3, train_batch_size=2, max_train_steps=2
+    )
+    runs.train(tmp_path, "full", recipe)
+    full = load_file(tmp_path / "full" / "diffusion_pytorch_model.safetensors")
+    assert sum(not torch.equal(base[k], full[k]) for k in base) > len(base) // 2
+    recipe["model"]["lora"] = {"r": 2, "lora_alpha": 2}
+    runs.train(tmp_path, "lora", recipe)
+    trained = runs.weights(tmp_path / "lora", 2)
+    assert all("lora_" in k for k in trained)
+    assert any(v.abs().max() > 0 for k, v in trained.items() if "lora_B" in k)
+    assert load_file(model / "diffusion_pytorch_model.safetensors").keys() == base.keys()
