@@ -23,6 +23,9 @@ VERBS: dict[str, str] = {
     "validate": "t2i_align.cli.validate:validate",
     "train": "t2i_align.cli.train:train",
     "generate": "t2i_align.cli.generate:generate",
+    "eval": "t2i_align.cli.eval:evaluate",
+    "compare": "t2i_align.cli.compare:compare",
+    "scenes": "t2i_align.cli.scenes:scenes",
     "doctor": "t2i_align.cli.doctor:doctor",
     "cite": "t2i_align.cli.cite:cite",
 }

@@ -13,7 +13,7 @@ DATASETS = cards("datasets")
 
 def test_the_data_sets_recipes_speak_of_have_cards() -> None:
     names = [card.name for card in DATASETS]
-    assert names == ["hpdv2", "hpdv3", "imagerewarddb", "pickapic_v1", "pickapic_v2"]
+    assert names == ["hpdv2", "hpdv3", "imagerewarddb", "pickapic_v1", "pickapic_v2", "scenes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,98 @@
+"""Assembling the world's models and data.
+
+Pipeline folders that stock diffusers loads, and parquet files of renders.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from t2i_align.scenes.grammar import sample_prompts, scene_for
+from t2i_align.scenes.render import render
+from t2i_align.scenes.text import DIM
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (64, 96, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": (2, 3, 4),
+    "cross_attention_dim": 2 * DIM,
+    "norm_num_groups": 16,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 16,
+    "projection_class_embeddings_input_dim": 6 * 16 + DIM,
+}
+
+
+def new_sdxl(vae: Path, text: tuple[Any, Any, Any], folder: Path, seed: int = 0) -> Path:
+    """A StableDiffusionXLPipeline folder around trained frozen parts and a fresh UNet.
+
+    Args:
+        vae: folder of the trained autoencoder.
+        text: tokenizer, CLIPTextModel, CLIPTextModelWithProjection.
+        folder: where to write.
+        seed: of the UNet's initialisation.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer, encoder, encoder_2 = text
+    build: Any = UNet2DConditionModel
+    schedule: Any = DDIMScheduler
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(vae),
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=build(**UNET),
+        scheduler=schedule(**SCHEDULER),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def write_renders(path: Path, num: int, seed: int) -> Path:
+    """Renders of training prompts as parquet: ``prompt``, ``image`` (PNG), ``label`` 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rng = np.random.default_rng([seed, 1])
+    schema = pa.schema([("prompt", pa.string()), ("image", pa.binary()), ("label", pa.int64())])
+    with pq.ParquetWriter(path, schema) as writer:
+        items = sample_prompts(num, seed, held_out=False)
+        for start in range(0, num, 1000):
+            rows = []
+            for item in items[start : start + 1000]:
+                stream = io.BytesIO()
+                Image.fromarray(render(scene_for(item, rng), rng)).save(stream, "PNG")
+                rows.append({"prompt": item["prompt"], "image": stream.getvalue(), "label": 1})
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return path

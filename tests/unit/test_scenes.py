@@ -1,0 +1,193 @@
+"""The world: grammar, split, and the exact judge with its negative controls."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from t2i_align.evaluate.metrics.geneval import evaluate, read_clauses
+from t2i_align.scenes import grammar
+from t2i_align.scenes.detect import detect, detections
+from t2i_align.scenes.render import CLASSES, GAP, PALETTE, SIDE, extent, render
+from tests.scenes_controls import CONTROLS, canvas
+
+Filter = Callable[[np.ndarray], np.ndarray]
+
+
+def combinations(item: grammar.Metadata) -> set[tuple[object, ...]]:
+    """What a prompt puts together."""
+    found: set[tuple[object, ...]] = set()
+    for c in item["include"]:
+        if "color" in c:
+            found.add(("color", c["color"], c["class"]))
+        if c["count"] > 1:
+            found.add(("count", c["class"], c["count"]))
+    if len(item["include"]) == 2:
+        found.add(("pair", *sorted(c["class"] for c in item["include"])))
+    return found
+
+
+def test_held_out_combinations_never_occur_in_training_prompts() -> None:
+    train = [m for items in grammar.prompts(held_out=False).values() for m in items]
+    seen = set().union(*(combinations(m) for m in train))
+    held = grammar.prompts(held_out=True)
+    for task, items in held.items():
+        if task == "single_object":  # combines nothing
+            continue
+        assert all(combinations(m) - seen for m in items), task
+    train_texts = {m["prompt"] for m in train}
+    others = [m for t, items in held.items() if t != "single_object" for m in items]
+    assert not train_texts & {m["prompt"] for m in others}
+
+
+def test_every_class_colour_count_and_relation_is_trained() -> None:
+    train = grammar.prompts(held_out=False)
+    assert {m["include"][0]["class"] for m in train["two_object"]} == set(CLASSES)
+    assert {m["include"][0]["color"] for m in train["colors"]} == set(PALETTE)
+    assert {m["include"][0]["count"] for m in train["counting"]} == {2, 3, 4}
+    assert {m["include"][1]["position"][0] for m in train["position"]} == set(grammar.RELATIONS)
+    sizes = {t: len(m) for t, m in grammar.prompts(held_out=True).items()}
+    assert sizes == {
+        "single_object": 10,
+        "two_object": 18,
+        "counting": 10,
+        "colors": 20,
+        "position": 72,
+        "color_attr": 1620,
+    }
+
+
+def test_prompts_have_genevals_grammar_and_metadata() -> None:
+    wanted = {
+        "single_object": "a photo of an umbrella",
+        "two_object": "a photo of a bowl and an airplane",
+        "counting": "a photo of three cars",
+        "colors": "a photo of an orange tie",
+        "position": "a photo of a bed left of a car",
+        "color_attr": "a photo of a red car and a green bed",
+    }
+    for task, text in wanted.items():
+        both = itertools.chain(*(grammar.prompts(held_out=h)[task] for h in (False, True)))
+        item = next(m for m in both if m["prompt"] == text)
+        include, exclude = read_clauses(item)
+        assert item["tag"] == task and include
+        if task == "counting":
+            assert [(c.cls, c.count) for c in exclude] == [("car", 4)]
+        if task == "position":  # the target is clause 0 and is said last
+            assert [c.cls for c in include] == ["car", "bed"]
+            assert include[1].position == ("left of", 0)
+
+
+def test_fixed_prompts_are_stable_and_balanced() -> None:
+    first = grammar.fixed_prompts(100, 3, held_out=True)
+    assert first == grammar.fixed_prompts(100, 3, held_out=True)
+    assert Counter(m["tag"] for m, _ in first) == dict.fromkeys(grammar.TASKS, 100)
+    assert len({(m["prompt"], k) for m, k in first}) == 600  # no picture twice
+
+
+def scenes(num: int, seed: int) -> list[tuple[grammar.Metadata, grammar.Scene, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    items = grammar.sample_prompts(num, seed, held_out=False)
+    drawn = [(m, grammar.scene_for(m, rng)) for m in items]
+    return [(m, s, render(s, rng)) for m, s in drawn]
+
+
+def test_scenes_fulfil_their_prompts_without_overlap() -> None:
+    for item, scene, image in scenes(120, 1):
+        want = Counter(c["class"] for c in item["include"] for _ in range(c["count"]))
+        assert Counter(t.cls for t in scene.things) == want
+        assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
+        boxes = []
+        for t in scene.things:
+            w, h = extent(t.cls, t.size, t.angle)
+            x, y = t.center
+            boxes.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+        for a, b in itertools.combinations(boxes, 2):
+            gaps = (b[0] - a[2], a[0] - b[2], b[1] - a[3], a[1] - b[3])
+            assert max(gaps) >= GAP
+
+
+def jpeg(image: np.ndarray) -> np.ndarray:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=50)
+    return np.asarray(Image.open(stream))
+
+
+def blur(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7)))
+
+
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [(lambda x: x, 0.995), (jpeg, 0.95), (blur, 0.95)],
+    ids=["plain", "jpeg", "blur"],
+)
+def test_judge_reads_renders_fully(change: Filter, share: float) -> None:
+    """Fully right: everything found with class and colour, nothing more, and the verdict."""
+    right = 0
+    drawn = scenes(400, 2)
+    for item, scene, image in drawn:
+        found = detect(change(image))
+        got = Counter((p.detection.cls, p.detection.color) for p in found if p.accepted)
+        verdict = evaluate([p.detection for p in found], None, item)
+        right += got == Counter((t.cls, t.color) for t in scene.things) and verdict.correct
+    assert right / len(drawn) >= share
+
+
+@pytest.mark.parametrize("name", list(CONTROLS))
+def test_negative_controls_are_not_accepted(name: str) -> None:
+    """At most 5 % of control pictures hold an accepted object, and no class takes 10 % of them."""
+    rng = np.random.default_rng(11)
+    num, accepted, classes = 400, 0, Counter[str]()
+    for _ in range(num):
+        hits = [p for p in detect(canvas(CONTROLS[name](rng), rng)) if p.accepted]
+        accepted += bool(hits)
+        classes.update({p.detection.cls for p in hits})
+    assert accepted / num <= 0.05
+    assert max(classes.values(), default=0) / num <= 0.10
+
+
+def test_graded_scores_start_where_controls_end() -> None:
+    rng = np.random.default_rng(12)
+    grades = [
+        max((p.graded for p in detect(canvas(make(rng), rng))), default=0.0)
+        for make in CONTROLS.values()
+        for _ in range(150)
+    ]
+    assert np.mean(np.array(grades) < 0.1) >= 0.95
+    real = [p.graded for _, _, image in scenes(60, 4) for p in detect(image)]
+    assert np.percentile(real, 5) > 0.6
+
+
+def test_scores_agree_with_both_of_genevals_thresholds() -> None:
+    rng = np.random.default_rng(13)
+    parts = [p for make in CONTROLS.values() for p in detect(canvas(make(rng), rng))]
+    parts += [p for _, _, image in scenes(20, 5) for p in detect(image)]
+    for p in parts:
+        assert (p.detection.score > 0.9) == p.accepted == (p.detection.score > 0.3)
+
+
+def test_wrong_things_are_wrong() -> None:
+    """A right picture fails the prompt of another class, colour, count or relation."""
+    for item, _, image in scenes(40, 6):
+        other = dict(item["include"][0])
+        other["class"] = CLASSES[(CLASSES.index(other["class"]) + 1) % len(CLASSES)]
+        wrong = item | {"include": [other, *item["include"][1:]]}
+        if Counter(c["class"] for c in item["include"])[other["class"]] == 0:
+            assert not evaluate(detections(image), None, wrong).correct
+        if item["tag"] == "counting":
+            n = item["include"][0]["count"]
+            more = item | {"include": [item["include"][0] | {"count": n + 1}]}
+            assert not evaluate(detections(image), None, more).correct
+        if item["tag"] == "position":
+            target, subject = item["include"]
+            flipped = {"left of": "right of", "right of": "left of", "above": "below"}
+            relation = flipped.get(subject["position"][0], "above")
+            turned = item | {"include": [target, subject | {"position": [relation, 0]}]}
+            assert not evaluate(detections(image), None, turned).correct
