@@ -70,15 +70,18 @@ class DiffusersGenerator:
             self.folder = folders.find_folder(
                 options.name_or_path, options.revision, options.variant, download=True
             )
-        self.index, self.config, scheduler, _ = folders.describe(options)
+        self.index, self.config, scheduler, folder = folders.describe(options)
+        self.vae_factor = folders.vae_factor(folder)
         self.family = folders.family_name(self.index, options)
         self.layout = LAYOUTS[self.family]
         self.dtype = folders.DTYPES[options.dtype]
         self.process, self.prediction = self._process(scheduler)
         self._frozen: FrozenParts | None = None
         self._views: Views | None = None
-        if options.resolution % 8:
-            raise ModelError(f"model.resolution: {options.resolution} is not a multiple of 8")
+        if options.resolution % self.vae_factor:
+            raise ModelError(
+                f"model.resolution: {options.resolution} is not a multiple of {self.vae_factor}"
+            )
 
     def _process(self, scheduler: dict[str, Any]) -> tuple[Process, Any]:
         kind: Any = self.options.prediction_type
@@ -372,7 +375,7 @@ class DiffusersGenerator:
 
     def example(self, batch: int) -> Sample:
         """A sample of the right shapes, for planning."""
-        size = self.options.resolution // 8
+        size = self.options.resolution // self.vae_factor
         mean = torch.zeros(batch, self.config["in_channels"], size, size)
         shapes = self.layout.cond_shapes(self.config)
         cond = {k: torch.zeros(batch, *shape) for k, shape in shapes.items()}

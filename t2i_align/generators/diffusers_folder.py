@@ -122,6 +122,14 @@ def meta_denoiser(
         torch.set_default_dtype(before)
 
 
+def vae_factor(folder: Path | None) -> int:
+    """Pixels a latent pixel stands for: 8 unless the VAE's config says otherwise."""
+    config = None if folder is None else folder / "vae" / "config.json"
+    if config is None or not config.is_file():
+        return 8
+    return 2 ** (len(read_json(config)["block_out_channels"]) - 1)
+
+
 def describe(
     options: DiffusersOptions,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Path | None]:

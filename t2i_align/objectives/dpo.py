@@ -62,9 +62,9 @@ class DPO:
     bounded_below: ClassVar[bool] = True
     citation: ClassVar[str] = """@inproceedings{wallace2024diffusion,
   title={Diffusion Model Alignment Using Direct Preference Optimization},
-  author={Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and
-  Purushwalkam, Senthil
-          and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and Naik, Nikhil},
+  author={Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron
+          and Purushwalkam, Senthil and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq
+          and Naik, Nikhil},
   booktitle={CVPR},
   year={2024}
 }"""

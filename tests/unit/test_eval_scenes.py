@@ -1,0 +1,160 @@
+"""``eval scenes`` and ``compare``: right pictures score 1, only what differs is counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_align.errors import DataError
+from t2i_align.evaluate.compare import compare, table
+from t2i_align.evaluate.run import Protocol, items_of, judge, picture_path, summarise
+from t2i_align.scenes import grammar
+from t2i_align.scenes.detect import detect
+from t2i_align.scenes.pairs import pair_of, verdicts
+from t2i_align.scenes.render import Scene, Thing, render
+from t2i_align.scenes.score import graded_score
+from tests.tiny import pipeline_folder
+
+PROTOCOL = Protocol(per_task=12)
+
+
+def truth(metadata: grammar.Metadata, rng: np.random.Generator) -> Image.Image:
+    return Image.fromarray(render(grammar.scene_for(metadata, rng), rng))
+
+
+def evaluation(out: Path, wrong: set[int]) -> Path:
+    """An evaluation of true renders, some replaced by an empty ground."""
+    rng = np.random.default_rng(1)
+    for number, (metadata, _) in enumerate(items_of(PROTOCOL)):
+        file = picture_path(out, number)
+        file.parent.mkdir(parents=True)
+        image = truth(metadata, rng)
+        if number in wrong:
+            image = Image.fromarray(render(Scene(()), rng))
+        image.save(file)
+    (out / "protocol.json").write_text(json.dumps({"protocol": vars(PROTOCOL)}))
+    summarise(judge(items_of(PROTOCOL), out), PROTOCOL, {"model": "truth"}, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("eval")
+    return evaluation(root / "a", set(range(0, 72, 2))), evaluation(root / "b", {0, 1})
+
+
+def test_true_renders_score_one_and_empty_pictures_zero(folders: tuple[Path, Path]) -> None:
+    for folder, share in zip(folders, (0.5, 70 / 72), strict=True):
+        found = json.loads((folder / "summary.json").read_text())
+        assert found["overall"]["mean"] == pytest.approx(share)
+        assert found["images"] == 72 and len(found["tasks"]) == 6
+        assert found["overall"]["low"] <= share <= found["overall"]["high"]
+    row = json.loads((folders[0] / "results.jsonl").read_text().splitlines()[0])
+    assert row["reason"].startswith("expected") and row["detections"] == []
+
+
+def test_compare_counts_pairs(folders: tuple[Path, Path]) -> None:
+    """36 wrong before, 2 after: 0 stays wrong, 1 breaks, 35 are repaired."""
+    result = compare(*folders)
+    overall = result["overall"]
+    assert (overall["win"], overall["tie"], overall["lose"]) == (35, 36, 1)
+    assert overall["difference"]["mean"] == pytest.approx(34 / 72)
+    assert overall["difference"]["low"] > 0.3 and overall["mcnemar_p"] < 1e-8
+    assert result["graded"]["difference"]["mean"] > 0.3
+    rows = table(result)
+    assert rows[-1]["task"] == "overall" and rows[-1]["win/tie/lose"] == "35/36/1"
+    same = compare(folders[0], folders[0])["overall"]
+    assert same["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_unlike_runs_are_not_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    other = vars(PROTOCOL) | {"guidance_scale": 7.0}
+    (tmp_path / "protocol.json").write_text(json.dumps({"protocol": other}))
+    with pytest.raises(DataError, match=r"guidance_scale: 3\.0 and 7\.0"):
+        compare(folders[0], tmp_path)
+    with pytest.raises(DataError, match=r"no results\.jsonl"):
+        (tmp_path / "protocol.json").write_text((folders[0] / "protocol.json").read_text())
+        compare(folders[0], tmp_path)
+
+
+def test_missing_pictures_are_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="72 of 72 pictures are missing"):
+        judge(items_of(PROTOCOL), tmp_path)
+
+
+def test_graded_scores_order_near_misses() -> None:
+    """Right > wrong colour > one missing; a surplus object and a wrong relation cost."""
+    rng = np.random.default_rng(2)
+
+    def score(things: list[tuple[str, str, tuple[float, float]]], item: grammar.Metadata) -> float:
+        scene = Scene(tuple(Thing(c, k, at, 24) for c, k, at in things))
+        return graded_score(detect(render(scene, rng)), item)
+
+    item = {
+        "tag": "color_attr",
+        "prompt": "",
+        "include": [
+            {"class": "car", "count": 1, "color": "red"},
+            {"class": "bed", "count": 1, "color": "blue"},
+        ],
+    }
+    car, bed = ("car", "red", (16.0, 16.0)), ("bed", "blue", (46.0, 46.0))
+    right = score([car, bed], item)
+    wrong_color = score([("car", "green", car[2]), bed], item)
+    missing = score([bed], item)
+    surplus = score([car, bed, ("tie", "pink", (46.0, 15.0))], item)
+    assert right > 0.6 and right > wrong_color > missing > 0
+    assert right > surplus > 0
+    relation = item | {
+        "tag": "position",
+        "include": [
+            {"class": "bed", "count": 1},
+            {"class": "car", "count": 1, "position": ["above", 0]},
+        ],
+    }
+    below = relation | {
+        "include": [relation["include"][0], relation["include"][1] | {"position": ["below", 0]}]
+    }
+    assert score([car, bed], relation) == pytest.approx(2 * score([car, bed], below), rel=0.05)
+
+
+def test_pairs_prefer_the_right_picture_and_keep_ties() -> None:
+    rng = np.random.default_rng(3)
+    prompts = grammar.prompts(held_out=False)
+    item, other = prompts["colors"][0], prompts["two_object"][0]
+    good, bad = truth(item, rng), truth(other, rng)
+    assert verdicts([good], item)[0][0] and not verdicts([bad], item)[0][0]
+    rows = [pair_of([bad, good, bad], item, n) for n in range(20)]
+    assert {r["label_0"] for r in rows if r} == {0.0, 1.0}  # the order is random
+    for r in rows:
+        assert r is not None
+        winner = "0" if r["label_0"] == 1 else "1"
+        assert r[f"correct_{winner}"] and r[f"score_{winner}"] > 0.5
+    tie = pair_of([good, good], item, 0)
+    assert tie is not None and tie["label_0"] == 0.5
+    assert (
+        pair_of([bad, bad], prompts["colors"][0] | {"include": [{"class": "tv", "count": 1}]}, 0)
+        is None
+    )
+
+
+def test_the_verb_runs_resumes_and_refuses(tmp_path: Path) -> None:
+    model = pipeline_folder("sdxl", tmp_path / "sdxl")
+    command = [sys.executable, "-m", "t2i_align", "eval", "scenes", "--per-task", "2"]
+    command += ["--num-inference-steps", "1", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--model", str(model)], capture_output=True, text=True)
+    assert done.returncode == 0 and "overall" in done.stdout, done.stderr
+    kept = picture_path(tmp_path / "out", 3).read_bytes()
+    picture_path(tmp_path / "out", 2).unlink()
+    again = subprocess.run([*command, "--model", str(model)], capture_output=True, text=True)
+    assert again.returncode == 0 and picture_path(tmp_path / "out", 3).read_bytes() == kept
+    other = subprocess.run(
+        [*command, "--model", str(model), "--seed", "5"], capture_output=True, text=True
+    )
+    assert other.returncode == 3 and "another model or protocol" in other.stderr
