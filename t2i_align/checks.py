@@ -209,14 +209,14 @@ def _resolution(recipe: Recipe) -> Found:
 @check("model-folder", "model")
 def _model_folder(recipe: Recipe) -> Found:
     """A local model folder exists and is a diffusers pipeline where one is needed."""
-    from t2i_align.generators.diffusers_folder import looks_local
+    from t2i_align.generators.diffusers_folder import local_path, looks_local
 
     model = recipe.model
     paths = {"name_or_path": model.name_or_path}
     if isinstance(model, DiffusersOptions) and model.vae_name_or_path:
         paths["vae_name_or_path"] = model.vae_name_or_path
     for key, text in paths.items():
-        folder = Path(text).expanduser()
+        folder = local_path(text)
         if not looks_local(text):
             continue
         if not folder.is_dir():
@@ -308,12 +308,13 @@ def _model_index(folder: Path) -> dict[str, Any] | None:
 
 def known_family(model: DiffusersOptions) -> str | None:
     """The family of a pipeline, as far as can be said without a download; else None."""
+    from t2i_align.generators.diffusers_folder import local_path
     from t2i_align.generators.layouts import family_of
 
     if model.family != "auto":
         return model.family
     known = KNOWN.get(model.name_or_path)
-    index = known.index if known else _model_index(Path(model.name_or_path).expanduser())
+    index = known.index if known else _model_index(local_path(model.name_or_path))
     return family_of(str(index.get("_class_name"))) if index else None
 
 

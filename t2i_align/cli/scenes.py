@@ -10,40 +10,43 @@ import typer
 
 def scenes(
     what: Annotated[
-        Literal["renders", "pairs"],
-        typer.Argument(help="renders: ground truth; pairs: preferences."),
+        Literal["vae", "sdxl", "renders", "pairs"],
+        typer.Argument(
+            help="vae: train the autoencoder; sdxl: train the text encoders and start a UNet; "
+            "renders: ground truth; pairs: preferences."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder (vae, sdxl) or parquet file to write.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures, or training prompts to pair.")] = 1000,
     model: Annotated[str | None, typer.Option(help="Pipeline that draws the pairs.")] = None,
     denoiser: Annotated[str | None, typer.Option(help="Its denoiser, if fine-tuned.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts, places and noise.")] = 0,
+    vae: Annotated[Path | None, typer.Option(help="Folder of the autoencoder, for sdxl.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, places, weights and noise.")] = 0,
 ) -> None:
-    """Write renders of training prompts, or pairs of a model's own samples judged exactly."""
-    import torch
+    """Rebuild the embedded world, step by step; see recipes/scenes_base.yaml."""
     from rich.console import Console
 
     from t2i_align.cli.quiet import hush
     from t2i_align.errors import UserError
-    from t2i_align.generators.diffusers_family import DiffusersGenerator
-    from t2i_align.generators.diffusers_options import DiffusersOptions
-    from t2i_align.rollout.generate import load_weights
-    from t2i_align.scenes.build import write_renders
-    from t2i_align.scenes.pairs import build_pairs
+    from t2i_align.scenes import build
 
     hush()
     console = Console(stderr=True)
-    if what == "renders":
-        write_renders(out, num, seed)
+    if what == "vae":
+        build.autoencoder(out, seed)
+    elif what == "renders":
+        build.write_renders(out, num, seed)
         console.print(f"{num} renders in {out}")
-        return
-    if model is None:
+    elif what == "sdxl":
+        if vae is None:
+            raise UserError("scenes sdxl needs an autoencoder", "give --vae FOLDER")
+        share = build.start_sdxl(vae, out, seed)
+        console.print(f"{out}; facts of held-out prompts read off right: {share:.3f}")
+    elif model is None:
         raise UserError("scenes pairs needs a model to draw them", "give --model FOLDER")
-    options = DiffusersOptions(name_or_path=model, resolution=64)
-    generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
-    load_weights(generator, None, denoiser)
-    counts = build_pairs(generator, out, num_prompts=num, console=console, seed=seed)
-    console.print(
-        f"{counts['pairs']} pairs ({counts['ties']} ties) in {out}; "
-        f"{counts['right']:.3f} of their pictures are right"
-    )
+    else:
+        counts = build.draw_pairs(model, denoiser, out, num, seed, console)
+        console.print(
+            f"{counts['pairs']} pairs ({counts['ties']} ties) in {out}; "
+            f"{counts['right']:.3f} of their pictures are right"
+        )

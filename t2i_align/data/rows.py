@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t2i_align.catalog import find_root
 from t2i_align.data.options import FileOptions
 from t2i_align.errors import DataError
 from t2i_align.registry import nearest
@@ -66,8 +67,15 @@ def find_files(options: FileOptions) -> list[DataFile]:
     return found
 
 
+def local_path(entry: str) -> Path:
+    """An entry as a path; ``bundled/NAME/FILE`` belongs to a data set that ships with the suite."""
+    if entry.startswith("bundled/"):
+        return find_root() / "datasets" / entry.removeprefix("bundled/")
+    return Path(entry).expanduser()
+
+
 def _expand(entry: str, split: str) -> list[DataFile]:
-    path = Path(entry).expanduser()
+    path = local_path(entry)
     if path.is_dir():
         return _in_folder(path, split)
     if path.exists():

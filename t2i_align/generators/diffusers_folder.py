@@ -19,11 +19,22 @@ from t2i_align.generators.layouts import LAYOUTS, family_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+ASSETS = Path(__file__).parents[1] / "assets"
+PROVENANCE = {"_name_or_path", "_diffusers_version", "transformers_version"}
+BUNDLED = "bundled/"  # prefix of models that ship with the package
+
+
+def local_path(name: str) -> Path:
+    """A name as a path; ``bundled/NAME`` is a model of the package."""
+    if name.startswith(BUNDLED):
+        return ASSETS / name.removeprefix(BUNDLED)
+    return Path(name).expanduser()
+
+
 def looks_local(name: str) -> bool:
     """Whether a name can only be meant as a path."""
-    return (
-        Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    )
+    marked = name.startswith((".", "/", "~", BUNDLED))
+    return marked or local_path(name).exists() or name.count("/") > 1
 
 
 def find_folder(
@@ -34,7 +45,7 @@ def find_folder(
     Raises:
         ModelError: a path without a pipeline in it, or a hub id that cannot be fetched.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if looks_local(name):
         if not (folder / "model_index.json").is_file():
             raise ModelError(
@@ -86,13 +97,20 @@ def family_name(index: dict[str, Any], options: DiffusersOptions) -> str:
 
 
 def fingerprint(folder: Path, parts: Iterable[str]) -> str:
-    """SHA-256 over names and contents of all files of the named subfolders."""
+    """SHA-256 over names and contents of all files of the named subfolders.
+
+    Keys of config.json that say where a part was once saved or by which version do not count.
+    """
     digest = hashlib.sha256()
     for part in sorted(parts):
         for file in sorted(p for p in (folder / part).rglob("*") if p.is_file()):
             digest.update(str(file.relative_to(folder)).encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            if file.name == "config.json":
+                config = {k: v for k, v in read_json(file).items() if k not in PROVENANCE}
+                digest.update(json.dumps(config, sort_keys=True).encode())
+            else:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -96,3 +96,34 @@ def write_renders(path: Path, num: int, seed: int) -> Path:
                 rows.append({"prompt": item["prompt"], "image": stream.getvalue(), "label": 1})
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return path
+
+
+def autoencoder(out: Path, seed: int) -> None:
+    """Train the autoencoder into a folder (about 16 minutes on two cores)."""
+    from t2i_align.scenes.vae import train_vae
+
+    train_vae(out, seed=seed)
+
+
+def start_sdxl(vae: Path, out: Path, seed: int) -> float:
+    """Train the text encoders and write a pipeline with a fresh UNet; share of facts right."""
+    from t2i_align.scenes.text import train_encoders
+
+    tokenizer, encoder, encoder_2, share = train_encoders(seed=seed)
+    new_sdxl(vae, (tokenizer, encoder, encoder_2), out, seed)
+    return share
+
+
+def draw_pairs(
+    model: str, denoiser: str | None, out: Path, num: int, seed: int, console: Any
+) -> dict[str, float]:
+    """Load a model and build pairs of its samples; see pairs.py."""
+    from t2i_align.generators.diffusers_family import DiffusersGenerator
+    from t2i_align.generators.diffusers_options import DiffusersOptions
+    from t2i_align.rollout.generate import load_weights
+    from t2i_align.scenes.pairs import build_pairs
+
+    options = DiffusersOptions(name_or_path=model, resolution=64)
+    generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
+    load_weights(generator, None, denoiser)
+    return build_pairs(generator, out, num_prompts=num, console=console, seed=seed)

@@ -41,16 +41,16 @@ LEEWAY = {"bowl": 0.0}  # how much better a plain shape must fit to overrule a c
 # overlap a part must pass, and the overlap that negative controls reach (their 99th percentile or
 # more)
 THRESHOLDS = {
-    "umbrella": 0.70,
-    "airplane": 0.66,
-    "bowl": 0.87,
-    "tie": 0.78,
-    "bottle": 0.78,
-    "tv": 0.70,
-    "car": 0.64,
-    "elephant": 0.79,
-    "bird": 0.75,
-    "bed": 0.66,
+    "umbrella": 0.64,
+    "airplane": 0.59,
+    "bowl": 0.86,
+    "tie": 0.74,
+    "bottle": 0.73,
+    "tv": 0.65,
+    "car": 0.57,
+    "elephant": 0.765,
+    "bird": 0.7,
+    "bed": 0.56,
 }
 FLOORS = {
     "umbrella": 0.60,

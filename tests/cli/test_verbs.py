@@ -165,7 +165,7 @@ def test_validate_a_shipped_recipe_prints_plan_and_checks(tmp_path: Path) -> Non
     assert text.rstrip().endswith("the recipe is valid")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [n for n in shipped() if not n.startswith("scenes_")])
 def test_every_shipped_recipe_has_a_plan(name: str, tmp_path: Path) -> None:
     """On a machine without GPU and without the model, at full size."""
     data = write_pairs(tmp_path / "d.parquet")

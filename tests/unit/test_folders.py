@@ -1,0 +1,55 @@
+"""Folders of pipelines: what identifies their parts, and names of bundled models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from t2i_align.errors import ModelError
+from t2i_align.generators import diffusers_folder as folders
+from t2i_align.generators.diffusers_options import DiffusersOptions
+from tests.tiny import pipeline_folder
+
+
+def test_fingerprint_is_of_content_not_of_history(tmp_path: Path) -> None:
+    """Saving a part again elsewhere keeps the cache; another weight or setting does not."""
+    folder = pipeline_folder("sdxl", tmp_path / "a")
+    first = folders.fingerprint(folder, ["vae"])
+    config = folder / "vae" / "config.json"
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps(facts | {"_name_or_path": "x", "_diffusers_version": "9"}))
+    assert folders.fingerprint(folder, ["vae"]) == first
+    config.write_text(json.dumps(facts | {"scaling_factor": 0.5}))
+    assert folders.fingerprint(folder, ["vae"]) != first
+    config.write_text(json.dumps(facts))
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert folders.fingerprint(folder, ["vae"]) != first
+
+
+def test_missing_and_unknown_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no diffusers pipeline at '.*nowhere'"):
+        folders.find_folder(str(tmp_path / "nowhere"), None, None, download=True)
+    with pytest.raises(ModelError, match="no diffusers pipeline at 'bundled/nothing'"):
+        folders.find_folder("bundled/nothing", None, None, download=True)
+    with pytest.raises(
+        ModelError, match="not on this machine and its architecture is not built in"
+    ):
+        folders.describe(DiffusersOptions(name_or_path="someone/something"))
+    other = tmp_path / "model_index.json"
+    other.write_text(json.dumps({"_class_name": "WuerstchenPipeline"}))
+    with pytest.raises(
+        ModelError, match="no family for pipeline class WuerstchenPipeline; known: "
+    ):
+        folders.family_name(json.loads(other.read_text()), DiffusersOptions(name_or_path="x"))
+
+
+def test_vae_factor_is_read_from_its_config(tmp_path: Path) -> None:
+    assert folders.vae_factor(None) == 8 and folders.vae_factor(tmp_path) == 8
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
+    assert folders.vae_factor(tmp_path) == 4
