@@ -312,6 +312,12 @@ class SamplingInputs:
     shape: tuple[int, ...]
     plan: Any = None
 
+    def items(self, index: slice) -> SamplingInputs:
+        """Some of the prompts."""
+        pick = lambda d: map_dict(d, lambda x: x[index])  # noqa: E731
+        negative = None if self.negative is None else pick(self.negative)
+        return replace(self, cond=pick(self.cond), negative=negative)
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -61,6 +61,8 @@ def generate(
         seed,
         images_per_prompt,
         batch_size,
+        lora,
+        denoiser,
     )
     console = Console(stderr=True)
     made = sampling.generate(generator, texts, settings, out, console)

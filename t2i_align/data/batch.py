@@ -11,6 +11,7 @@ draw, stream):
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,6 +132,15 @@ class Prepared:
     def __len__(self) -> int:
         """Number of records."""
         return len(self.manifest)
+
+    def identity(self) -> str:
+        """Hash of which records there are, with which media, in which order."""
+        hasher = hashlib.sha256()
+        for name in ("id", "keys", "prompt_keys"):
+            column = self.manifest.table[name].combine_chunks()
+            flat = column if name == "id" else column.flatten()
+            hasher.update("\n".join(flat.to_pylist()).encode())
+        return hasher.hexdigest()
 
     def ids(self, index: int) -> str:
         """Id of a record."""

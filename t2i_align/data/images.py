@@ -134,6 +134,11 @@ def fit(
 
     original = (image.height, image.width)
     height, width = _resized(*original, resolution)
+    if height * width > MAX_PIXELS:
+        raise MediaError(
+            f"an image of {original[1]} x {original[0]} pixels is too long: resized it would be "
+            f"{width} x {height}"
+        )
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     top, left = _corner((height - resolution, width - resolution), crop, seed_key)
     image = image.crop((left, top, left + resolution, top + resolution))

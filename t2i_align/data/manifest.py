@@ -64,6 +64,7 @@ class Report:
         unused: records the layout has no use for (an item labelled bad, where only winners count).
         num_skipped: records dropped for a broken or missing medium or cell.
         skipped: (id, reason) of the first 1000.
+        by_path: some media are files named by rows, which may change under the same rows.
         encoded_media: media encoded by this run; 0 when all were cached.
         encoded_prompts: the same for prompts.
     """
@@ -75,6 +76,7 @@ class Report:
     unused: int = 0
     num_skipped: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    by_path: bool = False
     encoded_media: int = 0
     encoded_prompts: int = 0
 

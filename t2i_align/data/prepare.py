@@ -106,7 +106,8 @@ def prepare(
         for prompt in extra_prompts:
             build.text.add(prompt_key(prompt), prompt)
         found = manifests.load(path)
-        if found is None or not _complete(found[0], generator, media, text):
+        settled = found is not None and found[1].num_skipped == 0 and not found[1].by_path
+        if found is None or not settled or not _complete(found[0], generator, media, text):
             _pass(source, layout, pairing, build, Writer(path), console)
             found = manifests.load(path)
             assert found is not None, path
@@ -191,6 +192,7 @@ def _add(records: list[Record], build: _Build, writer: Writer) -> None:
     """Queue what records need and list those that can be used; media they share are read once."""
     memo: dict[int, Media | MediaError] = {}
     for record in records:
+        build.report.by_path |= any(isinstance(item.media.data, Path) for item in record.items)
         try:
             media = [_resolved(item.media, memo) for item in record.items]
             loaded = _load(media, build)

@@ -121,11 +121,9 @@ class DiffusersGenerator:
         if self.device.type == "meta":
             net: Any = folders.meta_denoiser(cls, self.config, self.dtype)
         else:
-            net = cls.from_pretrained(  # type: ignore[attr-defined]
-                self.folder,
-                subfolder=self.layout.denoiser,
-                dtype=self.dtype,
-                variant=self.options.variant,
+            assert self.folder is not None
+            net = folders.load_denoiser(
+                cls, self.folder, self.layout.denoiser, self.dtype, self.options
             )
         net = net.to(self.device)
         if self.options.gradient_checkpointing:
@@ -182,7 +180,7 @@ class DiffusersGenerator:
         if o.vae_name_or_path and not folders.looks_local(o.vae_name_or_path):
             vae = o.vae_name_or_path
         elif o.vae_name_or_path:
-            vae = folders.fingerprint(Path(o.vae_name_or_path).expanduser(), ["."])
+            vae = folders.fingerprint(folders.local_path(o.vae_name_or_path), ["."])
         else:
             vae = folders.fingerprint(self.folder, ["vae"])
         return {
@@ -191,7 +189,10 @@ class DiffusersGenerator:
             "resolution": o.resolution,
             "crop": o.crop,
             "format": 1,
-        }
+        } | self._variant_key()
+
+    def _variant_key(self) -> dict[str, str]:
+        return {"variant": self.options.variant} if self.options.variant else {}
 
     def text_key(self) -> Mapping[str, Any]:
         """What encoded prompts depend on."""
@@ -202,7 +203,7 @@ class DiffusersGenerator:
             "text": folders.fingerprint(self.folder, parts),
             "dtype": self.options.dtype,
             "format": 1,
-        }
+        } | self._variant_key()
 
     def load_media(self, media: Media, variant: str) -> Encoded:
         """Decode, resize, crop and maybe mirror one image; see data/images.py."""

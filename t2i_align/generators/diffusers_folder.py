@@ -31,6 +31,11 @@ def local_path(name: str) -> Path:
     return Path(name).expanduser()
 
 
+def local_or_hub(name: str) -> str:
+    """What ``from_pretrained`` is given: an expanded path, or the hub id itself."""
+    return str(local_path(name)) if looks_local(name) else name
+
+
 def looks_local(name: str) -> bool:
     """Whether a name can only be meant as a path."""
     marked = name.startswith((".", "/", "~", BUNDLED))
@@ -138,6 +143,30 @@ def meta_denoiser(
             return cls.from_config(config)  # type: ignore[attr-defined]
     finally:
         torch.set_default_dtype(before)
+
+
+def load_denoiser(
+    cls: type[nn.Module],
+    folder: Path,
+    component: str,
+    dtype: torch.dtype,
+    options: DiffusersOptions,
+) -> nn.Module:
+    """The network with its weights.
+
+    Raises:
+        ModelError: there are none, or not of the asked variant.
+    """
+    loader: Any = cls
+    try:
+        return loader.from_pretrained(
+            folder, subfolder=component, dtype=dtype, variant=options.variant
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load the {component} of {options.name_or_path}: {str(error).splitlines()[0]}",
+            "is the folder complete? check model.variant",
+        ) from error
 
 
 def vae_factor(folder: Path | None) -> int:

@@ -19,6 +19,7 @@ from t2i_align.generators.capture import SHARED, Captured, capture
 from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.generators.layouts import FamilyLayout
 
+DECODE_PIXELS = 2**20  # pictures decoded at once: one of 1024 px, 64 of 128 px
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -70,12 +71,12 @@ class FrozenParts:
         if "safety_checker" in parts:
             parts["requires_safety_checker"] = False
         vae_dtype = folders.DTYPES[self.options.vae_dtype]
-        if self.options.vae_name_or_path:
-            parts["vae"] = diffusers.AutoencoderKL.from_pretrained(
-                self.options.vae_name_or_path, dtype=vae_dtype
-            )
         default = folders.DTYPES[self.options.dtype]
         try:
+            if self.options.vae_name_or_path:
+                parts["vae"] = diffusers.AutoencoderKL.from_pretrained(
+                    folders.local_or_hub(self.options.vae_name_or_path), dtype=vae_dtype
+                )
             pipe = getattr(diffusers, self.index["_class_name"]).from_pretrained(
                 self.folder,
                 dtype={"vae": vae_dtype, "default": default},
@@ -89,6 +90,8 @@ class FrozenParts:
                 "is the folder complete? model_index.json lists its parts",
             ) from error
         pipe.set_progress_bar_config(disable=True)
+        if self.options.prediction_type in ("epsilon", "sample", "v_prediction"):
+            pipe.scheduler.register_to_config(prediction_type=self.options.prediction_type)
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module) and name != self.layout.denoiser:
                 part.to(self.device).eval().requires_grad_(False)
@@ -140,9 +143,10 @@ class FrozenParts:
         """Model latents to images ``(B, 3, h, w)`` in [0, 1]."""
         vae = self.pipe.vae
         shift, scale = self.latent_affine()
-        latent = latent.to(self.device).float() / scale + shift
-        pixels = vae.decode(latent.to(vae.dtype), return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+        latent = (latent.to(self.device).float() / scale + shift).to(vae.dtype)
+        at_once = max(1, DECODE_PIXELS // self.options.resolution**2)
+        parts = [vae.decode(x, return_dict=False)[0].float() for x in latent.split(at_once)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).cpu()
 
     def capture(
         self, prompts: list[str], num_steps: int, guidance: float, negative: str | None

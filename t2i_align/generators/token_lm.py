@@ -39,6 +39,7 @@ from t2i_align.contract import (
 from t2i_align.errors import ModelError
 from t2i_align.generators.adapters import AdaptOptions
 from t2i_align.generators.byte_text import NUM_BYTES, byte_ids, pad_rows
+from t2i_align.generators.diffusers_folder import local_or_hub
 from t2i_align.generators.views import Views, build_views
 from t2i_align.options import Options
 from t2i_align.process.seeds import generator as rng
@@ -81,7 +82,7 @@ class TokenLM:
         self.folder = Path(options.name_or_path).expanduser()
         try:
             self.config = AutoConfig.from_pretrained(
-                options.name_or_path, revision=options.revision
+                local_or_hub(options.name_or_path), revision=options.revision
             )
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -119,7 +120,7 @@ class TokenLM:
                 net: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         else:
             net = AutoModelForCausalLM.from_pretrained(
-                self.options.name_or_path, revision=self.options.revision, dtype=dtype
+                local_or_hub(self.options.name_or_path), revision=self.options.revision, dtype=dtype
             )
             net.to(device=self.device)
         if self.options.gradient_checkpointing:

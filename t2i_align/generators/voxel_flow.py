@@ -101,7 +101,9 @@ class VoxelFlow:
                 net: Any = VoxelDiT.from_config(self.config)
         else:
             net = VoxelDiT.from_pretrained(self.folder)
-        net.to(self.device, DTYPES[self.options.dtype])
+        net.to(self.device)
+        if self.options.dtype != "float32":
+            net.to(DTYPES[self.options.dtype])
         self._views = build_views(
             net,
             self.options.lora,

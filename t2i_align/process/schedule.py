@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from t2i_align.errors import ModelError
+
 
 class Process(Protocol):
     """What a generator needs of a noising process."""
@@ -108,5 +110,11 @@ def vp_from_scheduler(config: dict[str, object]) -> VP:
     from diffusers import DDPMScheduler
 
     known = {k: v for k, v in config.items() if not k.startswith("_")}
+    if not {"beta_start", "beta_schedule", "trained_betas"} & known.keys():
+        raise ModelError(
+            f"the scheduler {config.get('_class_name', '')} has no betas, so its noising process "
+            "is not the discrete one of DDPM",
+            "models trained with continuous sigmas (EDM) are not supported",
+        )
     scheduler: Any = DDPMScheduler.from_config(known)
     return VP(torch.as_tensor(scheduler.alphas_cumprod).double())

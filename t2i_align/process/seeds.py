@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def derive(run_seed: int, record_id: str, draw: int, stream: str) -> int:
-    """A 63-bit seed for one stream of one draw of one record."""
+    """A seed for one stream of one draw of one record, in [0, 2**63).
+
+    torch's CPU generator uses its low 32 bits, so among millions of records a few share noise.
+    """
     text = f"{run_seed}\x00{record_id}\x00{draw}\x00{stream}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 

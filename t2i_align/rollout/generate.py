@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,6 +36,8 @@ class Settings:
         seed: of the noise.
         images_per_prompt: pictures of each prompt.
         batch_size: pictures at once; does not change them beyond rounding.
+        lora: adapter that was loaded, for the record.
+        denoiser: full weights that were loaded, for the record.
     """
 
     num_inference_steps: int = 30
@@ -43,6 +46,8 @@ class Settings:
     seed: int = 0
     images_per_prompt: int = 1
     batch_size: int = 4
+    lora: str | None = None
+    denoiser: str | None = None
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -74,15 +79,15 @@ def load_weights(generator: DiffusersGenerator, lora: str | None, denoiser: str 
     """Load the base denoiser, a fully fine-tuned one instead, or an adapter on top."""
     generator.load_module(0, reference=False)
     if denoiser is not None:
-        from safetensors.torch import load_file
-
-        file = Path(denoiser).expanduser() / "diffusion_pytorch_model.safetensors"
-        if not file.is_file():
+        net: Any = type(generator.module)
+        try:
+            tuned = net.from_pretrained(Path(denoiser).expanduser())
+        except (OSError, ValueError) as error:
             raise ModelError(
-                f"--denoiser: no diffusion_pytorch_model.safetensors in {denoiser}",
+                f"--denoiser: no weights of a {net.__name__} in {denoiser}",
                 "give the unet/ or transformer/ folder of a full fine-tuning run",
-            )
-        generator.module.load_state_dict(load_file(file))
+            ) from error
+        generator.module.load_state_dict(tuned.state_dict())
     if lora is not None:
         try:
             generator.load_adapter(lora)
@@ -112,7 +117,7 @@ def generate(
     """
     out.mkdir(parents=True, exist_ok=True)
     every = list(jobs(prompts, settings, out))
-    claim(out, every, generator.options.name_or_path, settings)
+    claim(out, every, generator, settings)
     todo = [job for job in every if not job[0].exists()]
     columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -124,8 +129,11 @@ def generate(
     return len(todo)
 
 
-def claim(out: Path, every: Sequence[Job], model: str, settings: Settings) -> None:
+def claim(
+    out: Path, every: Sequence[Job], generator: DiffusersGenerator, settings: Settings
+) -> None:
     """Write ``metadata.jsonl``, or check that the one there says the same."""
+    options = generator.options
     rows = [
         {
             "file_name": file.name,
@@ -134,7 +142,12 @@ def claim(out: Path, every: Sequence[Job], model: str, settings: Settings) -> No
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "negative_prompt": settings.negative_prompt,
-            "model": model,
+            "lora": settings.lora,
+            "denoiser": settings.denoiser,
+            "model": options.name_or_path,
+            "revision": options.revision,
+            "resolution": options.resolution,
+            "dtype": options.dtype,
         }
         for file, prompt, seed in every
     ]

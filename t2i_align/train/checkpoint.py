@@ -160,18 +160,24 @@ class Checkpoints:
             }
             manifest = {"version": VERSION, "files": files}
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        self._retain()
+        self._retain(target)
         return target
 
-    def _retain(self) -> None:
-        """Delete the oldest beyond the limit.
-
-        The one just written is good, so a good one always stays.
-        """
+    def _retain(self, written: Path) -> None:
+        """Delete the oldest beyond the limit, never the one just written, which is good."""
         if self.total_limit is None:
             return
-        for old in self.all()[: -self.total_limit]:
+        others = [p for p in self.all() if p != written]
+        for old in others[: max(0, len(others) + 1 - self.total_limit)]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def retire_after(self, step: int) -> None:
+        """Rename checkpoints newer than the one a run continues from: another branch's."""
+        for folder in self.all():
+            if int(folder.name.removeprefix("step-")) > step:
+                target = folder.with_name(f"stale-{folder.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
 
     def load(self, which: str) -> TrainState | None:
         """The checkpoint to continue from.

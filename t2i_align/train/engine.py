@@ -8,6 +8,7 @@ checkpoint needs no generator state.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from t2i_align.errors import TrainingError
 from t2i_align.generators.views import Views
 from t2i_align.train.checkpoint import TrainState
 from t2i_align.train.optim import Ema, build_optimizer, build_schedule
@@ -59,7 +61,8 @@ class Engine:
         self.views = views
         self.accelerator = accelerator
         if options.channels_last:
-            views.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for net in {id(n): n for n in (views.module, views.reference) if n}.values():
+                net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.trained = {k: p for k, p in views.module.named_parameters() if p.requires_grad}
         parameters = list(self.trained.values())
         optimizer = build_optimizer(options, parameters, records_per_step)
@@ -74,18 +77,33 @@ class Engine:
         """The recipe's mixed precision."""
         return self.accelerator.autocast()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; processes talk only on the last micro-batch of a step."""
-        quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.views.wrapped)
-        with quiet:
-            self.accelerator.backward(loss)
+    def micro(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; processes talk only on a step's last one.
+
+        Forward belongs inside: DistributedDataParallel decides there whether to reduce.
+        """
+        if last:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.views.wrapped)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients."""
+        self.accelerator.backward(loss)
 
     def step(self, records: int) -> float:
-        """Clip, update, average; returns the gradient norm before clipping."""
+        """Clip, update, average; returns the gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; no weight was touched. (Under float16 the
+                loss scaler skips such a step instead.)
+        """
         limit = self.options.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(
             self.trained.values(), float("inf") if limit is None else limit
         )
+        value = float(norm) if norm is not None else 0.0
+        if self.accelerator.scaler is None and not math.isfinite(value):
+            raise FloatingPointError(f"gradient norm {value}")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -93,7 +111,7 @@ class Engine:
         self.samples_seen += records
         if self.ema is not None:
             self.ema.update(self.trained, self.step_count)
-        return float(norm) if norm is not None else 0.0
+        return value
 
     @property
     def learning_rate(self) -> float:
@@ -107,6 +125,10 @@ class Engine:
             return local
         parts = gather_object([{k: v.tolist() for k, v in local.items()}])
         return {k: torch.tensor([x for part in parts for x in part[k]]) for k in local}
+
+    def weights_finite(self) -> bool:
+        """Whether every trained weight is a number."""
+        return all(bool(p.isfinite().all()) for p in self.trained.values())
 
     def state(self, objective: dict[str, Tensor], extra: dict[str, Any]) -> TrainState:
         """Everything a checkpoint holds."""
@@ -125,11 +147,23 @@ class Engine:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: its parameters are not those of this run.
+            TrainingError: its parameters or averages are not those of this run.
         """
-        if state.weights.keys() != self.trained.keys():
-            odd = sorted(state.weights.keys() ^ self.trained.keys())[:3]
-            raise ValueError(f"checkpoint and model train different parameters, e.g. {odd}")
+        mine = {k: tuple(p.shape) for k, p in self.trained.items()}
+        theirs = {k: tuple(v.shape) for k, v in state.weights.items()}
+        odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if odd:
+            raise TrainingError(
+                f"the checkpoint trains other parameters than this recipe, e.g. {odd[0]}: "
+                f"{theirs.get(odd[0])} there, {mine.get(odd[0])} here",
+                "resume with the model and lora options the checkpoint was made with",
+            )
+        if bool(state.ema) != (self.ema is not None):
+            raise TrainingError(
+                "train.ema_decay: the checkpoint "
+                + ("holds averaged weights" if state.ema else "holds no averaged weights"),
+                "keep ema_decay as it was",
+            )
         with torch.no_grad():
             for k, p in self.trained.items():
                 p.copy_(state.weights[k])

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import Tensor
 
@@ -63,6 +65,8 @@ class OfflineRun:
             mixed_precision=recipe.train.mixed_precision,
             log_with=tracker,
             project_dir=str(self.folder),
+            # other processes wait while the first builds the cache, which may take days
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
         self.main = self.accelerator.is_main_process
         resume = recipe.train.resume_from_checkpoint is not None
@@ -116,6 +120,7 @@ class OfflineRun:
         coupling: Any = draw.pop("coupling")
         self.coupling: Coupling = self.objective.coupling if coupling == "auto" else coupling
         self.spec = DrawSpec(**draw)
+        self.last_records: list[str] = []
         self.checkpoints = Checkpoints(self.folder / "checkpoints", train.checkpoints_total_limit)
         self._resume()
         self.log = RunLog(
@@ -136,7 +141,14 @@ class OfflineRun:
         if found is None:
             self.say("no checkpoint to continue from; starting at step 0")
             return
+        if found.trainer.get("data") not in (None, self.data.identity()):
+            raise TrainingError(
+                "the data changed since the checkpoint: other records, or another order of them",
+                "restore the files, or start a new run in another output_dir",
+            )
         self.engine.restore(found)
+        if self.main and which == "latest":
+            self.checkpoints.retire_after(found.step)
         self.state = {k: v.to(self.accelerator.device) for k, v in found.objective.items()}
         self.say(f"continuing at step {found.step} ({found.samples_seen} records seen)")
 
@@ -212,17 +224,22 @@ class OfflineRun:
         metrics: dict[str, list[Tensor]] = defaultdict(list)
         rate = self.engine.learning_rate
         with self.phases("train"):
+            self.last_records = records = []
             for k in range(num):
                 batch = next(batches)
-                scored = self._score(batch)
-                out = self.objective(scored, self.state, self.stats)
-                self._guard(out.loss, out.per_example, batch)
-                self.engine.backward(out.loss / num, last=k == num - 1)
+                records += batch.record_ids
+                with self.engine.micro(last=k == num - 1):
+                    out = self.objective(self._score(batch), self.state, self.stats)
+                    self._guard(out.loss, out.per_example, batch)
+                    self.engine.backward(out.loss / num)
                 self.state = out.state
                 metrics["loss"].append(out.loss.detach()[None])
                 for name, value in out.metrics.items():
                     metrics[name].append(value)
-            norm = self.engine.step(self.records_per_step)
+            try:
+                norm = self.engine.step(self.records_per_step)
+            except FloatingPointError as error:
+                raise self._broken(f"non-finite gradient ({error})", records) from error
         values = reduce_metrics(self.engine.gather_metrics(metrics))
         return values | {
             "lr": rate,
@@ -235,10 +252,10 @@ class OfflineRun:
         device = self.accelerator.device
         event = self.generator.draw(batch.sample, self.spec, batch.seeds).to(device)
         scores: dict[str, Score] = {}
-        with self.engine.autocast():
-            for view in sorted(self.objective.views, key=lambda v: v == "policy"):
-                with torch.set_grad_enabled(view == "policy"):
-                    scores[view] = self.generator.score(event, view)  # type: ignore[arg-type]
+        for view in sorted(self.objective.views, key=lambda v: v == "policy"):
+            # an autocast block of its own: its cache of cast weights must not outlive a view
+            with self.engine.autocast(), torch.set_grad_enabled(view == "policy"):
+                scores[view] = self.generator.score(event, view)  # type: ignore[arg-type]
         return scored_batch(batch, scores, event.lam, device)
 
     def _guard(self, loss: Tensor, per_example: Tensor, batch: Batch) -> None:
@@ -246,10 +263,15 @@ class OfflineRun:
         if not self._anyone(not bool(loss.isfinite())):
             return
         bad = (~per_example.detach().isfinite()).nonzero().flatten().tolist()
-        names = [batch.record_ids[i] for i in bad if i < len(batch.record_ids)][:8]
-        raise TrainingError(
-            f"non-finite loss at step {self.engine.step_count + 1}; records: "
-            f"{', '.join(names) or 'on another process'}; checkpoints are intact",
+        names = [batch.record_ids[i] for i in bad if i < len(batch.record_ids)]
+        raise self._broken("non-finite loss", names)
+
+    def _broken(self, what: str, records: list[str], *, taken: bool = False) -> TrainingError:
+        """The error of a step that cannot be taken, or that broke the weights."""
+        named = ", ".join(records[:8]) or "on another process"
+        step = self.engine.step_count + (0 if taken else 1)
+        return TrainingError(
+            f"{what} at step {step}; records: {named}; checkpoints are intact",
             "lower train.learning_rate or objective.beta, use mixed_precision bf16 instead of "
             "fp16, or drop those records; then continue with "
             "train.resume_from_checkpoint=latest",
@@ -265,8 +287,11 @@ class OfflineRun:
 
     def _save(self) -> None:
         with self.phases("checkpoint"):
+            if not self.engine.weights_finite():
+                raise self._broken("non-finite weights", self.last_records, taken=True)
             if self.main:
-                self.checkpoints.save(self.engine.state(self.state, {}))
+                facts = {"data": self.data.identity()}
+                self.checkpoints.save(self.engine.state(self.state, facts))
             self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:

@@ -111,3 +111,4 @@ class ValidationOptions(Options):
     num_inference_steps: int = Field(default=30, ge=1, description="sampler steps")
     guidance_scale: float = Field(default=5.0, ge=1, description="classifier-free guidance")
     seed: int = Field(default=0, ge=0, description="seed of the fixed noise")
+    batch_size: int = Field(default=4, ge=1, description="samples drawn at once")

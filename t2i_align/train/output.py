@@ -11,7 +11,15 @@ from t2i_align.errors import OutputError, StorageError
 RUN_FILE = "run.json"
 VERSION = 1
 FIXED = ("seed", "model", "objective", "data", "reference", "draw")
-FIXED_TRAIN = ("optimizer", "mixed_precision", "ema_decay")
+FIXED_TRAIN = (
+    "optimizer",
+    "mixed_precision",
+    "ema_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+)
 
 
 def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -> None:
@@ -28,7 +36,7 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
         StorageError: it cannot be created.
     """
     marker = folder / RUN_FILE
-    if marker.is_file():
+    if marker.is_file() and started(folder):
         if not resume:
             raise OutputError(
                 f"output_dir: {folder} already holds a run",
@@ -38,7 +46,7 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
         compare(folder, json.loads(marker.read_text())["recipe"], recipe)
     elif folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir: {folder} is a file", "choose another output_dir")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not marker.is_file() and any(folder.iterdir()):
         raise OutputError(
             f"output_dir: {folder} is not empty and holds no run of t2i-align",
             "choose another output_dir; nothing in it was touched",
@@ -53,6 +61,11 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
         raise StorageError(
             f"output_dir: cannot write to {folder}: {error}", "check space and rights"
         ) from error
+
+
+def started(folder: Path) -> bool:
+    """Whether a run in this folder has taken a step; one that failed before may be replaced."""
+    return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
 
 
 def compare(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from t2i_align.errors import StorageError
 from t2i_align.recipe import Recipe
 
 
@@ -19,6 +20,15 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     Returns:
         The run's summary, also written to ``<output_dir>/summary.json``.
     """
+    from t2i_align.train.checkpoint import is_storage_failure
     from t2i_align.train.offline import OfflineRun
 
-    return OfflineRun(recipe, console or Console(stderr=True)).run()
+    try:
+        return OfflineRun(recipe, console or Console(stderr=True)).run()
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        raise StorageError(
+            f"could not write to {recipe.output_dir}: {error}; checkpoints are intact",
+            "free disk space, then continue with train.resume_from_checkpoint=latest",
+        ) from error

@@ -34,7 +34,10 @@ def save_samples(
 ) -> Path:
     """Sample every prompt and save one file; returns its path."""
     seeds = torch.tensor([derive(options.seed, p, 0, "validation") for p in options.prompts])
-    rollout = generator.rollout(inputs, seeds, "ema" if averaged else "policy")
-    return save_media(
-        generator.decode(rollout.sample), options.prompts, folder / f"step-{step:08d}"
-    )
+    view = "ema" if averaged else "policy"
+    media = []
+    for start in range(0, len(seeds), options.batch_size):
+        part = slice(start, start + options.batch_size)
+        rollout = generator.rollout(inputs.items(part), seeds[part], view)
+        media += generator.decode(rollout.sample)
+    return save_media(media, options.prompts, folder / f"step-{step:08d}")

@@ -78,6 +78,32 @@ def test_images_equal_the_pipeline(folder: Any, family: str, guidance: float) ->
     assert (theirs[0] - theirs[1]).abs().max().item() > 1e-2  # the oracle is not constant
 
 
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_images_equal_the_pipeline_with_the_hubs_schedulers(
+    folder: Any, tmp_path: Path, name: str
+) -> None:
+    """SD1.5's own PNDM, and a multistep solver: the scheduler's state is its own business."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder("sd"), safety_checker=None)
+    scheduler: Any = getattr(diffusers, name)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.save_pretrained(tmp_path)
+    g = generator(tmp_path)
+    inputs = g.prepare_sampling(PROMPTS, num_steps=6, guidance=5.0)
+    ours = torch.stack([m.data for m in g.decode(g.rollout(inputs, SEEDS, "policy").sample)])
+    theirs = g.pipe(
+        prompt=PROMPTS,
+        height=64,
+        width=64,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+        latents=normals(SEEDS, inputs.shape),
+        output_type="pt",
+    ).images
+    assert (ours - theirs).abs().max().item() <= 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_negative_prompt_equals_the_pipeline(folder: Any, family: str) -> None:
     g = generator(folder(family))

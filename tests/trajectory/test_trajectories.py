@@ -196,8 +196,9 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_continue(
 def test_two_processes_equal_one(
     whole: Path, tmp_path: Path, sdxl: Path, pairs: Path, cache: Path
 ) -> None:
-    """2 processes x 2 pairs see the records, draws and average gradient of 1 process x 4 pairs."""
-    recipe = runs.write_recipe(tmp_path, "two", sections(sdxl, pairs, cache, train_batch_size=2))
+    """2 processes x 2 micro-batches of 1 pair: records and gradient of 1 process x 4 pairs."""
+    split = sections(sdxl, pairs, cache, train_batch_size=1, gradient_accumulation_steps=2)
+    recipe = runs.write_recipe(tmp_path, "two", split)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
         [*launch, "-m", "t2i_align", "train", str(recipe)],

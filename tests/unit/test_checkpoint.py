@@ -133,3 +133,24 @@ def test_format_version_is_checked(tmp_path: Path) -> None:
     facts = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(facts | {"version": 99}))
     assert kept.load("latest") is None and "format version 99" in kept.warnings[0]
+
+
+def test_the_checkpoint_just_written_is_never_deleted(tmp_path: Path) -> None:
+    """A damaged newer one, or another branch's, must not outrank it."""
+    kept = Checkpoints(tmp_path, 1)
+    kept.save(state(9))
+    (tmp_path / "step-00000009" / "weights.safetensors").unlink()
+    kept.save(state(5))
+    found = kept.load("latest")
+    assert [p.name for p in kept.all()] == ["step-00000005"]
+    assert found is not None and found.step == 5
+
+
+def test_newer_checkpoints_of_another_branch_are_set_aside(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, None)
+    for step in (2, 4, 6):
+        kept.save(state(step))
+    kept.retire_after(4)
+    found = kept.load("latest")
+    assert found is not None and found.step == 4
+    assert (tmp_path / "stale-step-00000006").is_dir()

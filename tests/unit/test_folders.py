@@ -53,3 +53,21 @@ def test_vae_factor_is_read_from_its_config(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
     assert folders.vae_factor(tmp_path) == 4
+
+
+def test_schedulers_without_betas_are_refused() -> None:
+    """Playground v2.5 is an SDXL pipeline on continuous sigmas; DDPM's defaults would be wrong."""
+    from t2i_align.process.schedule import vp_from_scheduler
+
+    edm = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0}
+    with pytest.raises(ModelError, match="EDMDPMSolverMultistepScheduler has no betas"):
+        vp_from_scheduler(edm)
+
+
+def test_missing_weights_and_variants_are_named(tmp_path: Path) -> None:
+    from t2i_align.generators.diffusers_family import DiffusersGenerator
+
+    folder = pipeline_folder("sd", tmp_path / "sd")
+    options = DiffusersOptions(name_or_path=str(folder), resolution=64, variant="fp99")
+    with pytest.raises(ModelError, match="cannot load the unet of"):
+        DiffusersGenerator(options).load_module(0, reference=False)

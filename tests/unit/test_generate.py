@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,13 @@ def test_continues_and_refuses_other_settings(folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "00000-00.png").read_bytes() == kept
     with pytest.raises(DataError, match="nothing in it was touched"):
         generate(g, ["another"], QUICK, tmp_path, quiet)
+    with pytest.raises(DataError, match="nothing in it was touched"):
+        generate(g, ["a cat"], replace(QUICK, lora="adapter"), tmp_path, quiet)
 
 
 def test_adapter_and_full_weights_change_the_picture(folder: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
     data = runs.pickapic(tmp_path / "p.parquet", 8)
     sections = {
         "model": {"name_or_path": str(folder), "resolution": 64, "lora": {"r": 2, "lora_alpha": 2}},
@@ -81,10 +86,14 @@ def test_adapter_and_full_weights_change_the_picture(folder: Path, tmp_path: Pat
     del sections["model"]["lora"]
     runs.train(tmp_path, "full", sections)
     quiet = Console(file=io.StringIO())
+    tuned = UNet2DConditionModel.from_pretrained(tmp_path / "full" / "unet")
+    tuned.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")  # as a 10 GB UNet is saved
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     generate(generator(folder), ["a cat"], QUICK, tmp_path / "base", quiet)
     for name, lora, denoiser in (
         ("lora", str(tmp_path / "lora"), None),
         ("full", None, str(tmp_path / "full" / "unet")),
+        ("sharded", None, str(tmp_path / "sharded")),
     ):
         made = DiffusersGenerator(DiffusersOptions(name_or_path=str(folder), resolution=64))
         load_weights(made, lora, denoiser)
@@ -93,7 +102,7 @@ def test_adapter_and_full_weights_change_the_picture(folder: Path, tmp_path: Pat
         assert (a != pixels(tmp_path / f"{name}-pictures" / "00000-00.png")).any(), name
     with pytest.raises(ModelError, match="--lora: cannot load"):
         load_weights(generator(folder), str(tmp_path / "nothing"), None)
-    with pytest.raises(ModelError, match="--denoiser: no diffusion_pytorch_model"):
+    with pytest.raises(ModelError, match="--denoiser: no weights of a UNet2DConditionModel"):
         load_weights(generator(folder), None, str(tmp_path))
 
 

@@ -141,3 +141,11 @@ def test_range_is_minus_one_to_one() -> None:
     white, _ = fit(Image.new("RGB", (4, 4), "white"), 4, "center", "", False)
     black, _ = fit(Image.new("RGB", (4, 4), "black"), 4, "center", "", False)
     assert white.unique().tolist() == [1.0] and black.unique().tolist() == [-1.0]
+
+
+def test_a_sliver_is_refused_before_it_is_enlarged() -> None:
+    """65,000 x 1 pixels pass the decoder's bound, but its short side would be blown up to r."""
+    from PIL import Image as PILImage
+
+    with pytest.raises(MediaError, match="too long"):
+        fit(PILImage.new("RGB", (65000, 1)), 1024, "center", "k", False)

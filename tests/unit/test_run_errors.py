@@ -49,16 +49,76 @@ def test_non_finite_loss_names_step_and_records(model: Path, tmp_path: Path) -> 
 
     Stop, name step and records, keep the checkpoint.
     """
-    recipe = sections(model, tmp_path, learning_rate=1e38, max_train_steps=9, checkpointing_steps=1)
+    recipe = sections(
+        model,
+        tmp_path,
+        learning_rate=1e38,
+        lr_scheduler="constant_with_warmup",
+        lr_warmup_steps=2,
+        max_train_steps=9,
+        checkpointing_steps=1,
+    )
     with pytest.raises(TrainingError) as caught:
         runs.train(tmp_path, "run", recipe)
     text = str(caught.value)
-    assert "non-finite loss at step" in text and "records: " in text
+    assert "non-finite" in text and "at step" in text and "records: " in text
     assert "resume_from_checkpoint=latest" in text and caught.value.exit_code == 5
     named = text.split("records: ")[1].split(";")[0].split(", ")
     assert 1 <= len(named) <= 8 and all(0 <= int(n) < 32 for n in named)
-    kept = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", None)
-    assert kept.load("latest") is not None
+    kept = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", None).load("latest")
+    assert kept is not None
+    assert all(bool(w.isfinite().all()) for w in kept.weights.values())
+
+
+def test_non_finite_gradient_touches_no_weight(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss with a broken backward: the last checkpoint is good, and it continues."""
+    from t2i_align.train.engine import Engine
+
+    recipe = sections(model, tmp_path, checkpointing_steps=1, checkpoints_total_limit=1)
+    backward = Engine.backward
+
+    def broken(self: Engine, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        if self.step_count == 2:
+            next(iter(self.trained.values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Engine, "backward", broken)
+    with pytest.raises(TrainingError, match=r"non-finite gradient .* at step 3; records: \d+"):
+        runs.train(tmp_path, "run", recipe)
+    assert all(bool(w.isfinite().all()) for w in runs.weights(tmp_path / "run", 2).values())
+    monkeypatch.setattr(Engine, "backward", backward)
+    runs.train(tmp_path, "run", recipe, "train.resume_from_checkpoint=latest")
+    runs.train(tmp_path, "clean", recipe)
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "clean")
+
+
+def test_a_run_that_never_started_does_not_own_its_folder(model: Path, tmp_path: Path) -> None:
+    recipe = sections(model, tmp_path)
+    good = recipe["data"]["path"]
+    bad = [{"id": "0", "prompt": "p", "chosen": [[[[1.0]]]], "rejected": [[[[1.0]]]]}]
+    recipe["data"]["path"] = str(runs.write_jsonl(tmp_path / "bad.jsonl", bad))
+    with pytest.raises(DataError):
+        runs.train(tmp_path, "run", recipe)
+    recipe["data"]["path"] = good
+    assert runs.train(tmp_path, "run", recipe)["steps"] == 4
+
+
+def test_other_data_or_other_adapters_are_not_resumed(model: Path, tmp_path: Path) -> None:
+    recipe = sections(model, tmp_path)
+    runs.train(tmp_path, "run", recipe)
+    runs.point_pairs(Path(recipe["data"]["path"]), 31, seed=0)
+    with pytest.raises(TrainingError, match="the data changed since the checkpoint"):
+        runs.train(tmp_path, "run", recipe, "train.resume_from_checkpoint=latest")
+    runs.point_pairs(Path(recipe["data"]["path"]), 32, seed=0)
+    other = tmp_path / "run" / "checkpoints" / "step-00000004"
+    for name, changes, text in (
+        ("lora", {"model": recipe["model"] | {"lora": {"r": 2}}}, "trains other parameters"),
+        ("ema", {"train": recipe["train"] | {"ema_decay": 0.9}}, "holds no averaged weights"),
+    ):
+        with pytest.raises(TrainingError, match=text):
+            runs.train(tmp_path, name, recipe | changes, f"train.resume_from_checkpoint={other}")
 
 
 def test_output_folder_of_another_run_is_refused(model: Path, tmp_path: Path) -> None:

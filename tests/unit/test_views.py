@@ -69,3 +69,16 @@ def test_unmatched_targets_and_missing_views_are_named() -> None:
     for view, text in (("reference", "no reference"), ("ema", "ema_decay"), ("old", "known:")):
         with pytest.raises(ValueError, match=text), views.use(view):  # type: ignore[arg-type]
             pass
+
+
+def test_averaged_weights_do_not_leak_into_the_policy_under_autocast() -> None:
+    """Autocast caches cast weights by tensor; each view is scored in a block of its own."""
+    views = build_views(network(), None, [], 0, reference=False)
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16), views.use("policy") as net:
+        before = net(x)
+    views.ema = {k: torch.zeros_like(p) for k, p in views.module.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16), views.use("ema") as net:
+        assert net(x).abs().sum().item() == 0
+    with torch.autocast("cpu", torch.bfloat16), views.use("policy") as net:
+        assert torch.equal(net(x), before)
