@@ -107,7 +107,7 @@ def train(recipe: Path) -> dict[str, Any]:
     net = run.generator.module
     before = digest(net)
     summary = run.run()
-    largest = max(float(p.abs().max()) for n, p in net.named_parameters() if "lora_B" in n)
+    largest = max(float(p.detach().abs().max()) for n, p in net.named_parameters() if "lora_B" in n)
     return {
         "frozen_equal": digest(net) == before,
         "largest_lora_B": largest,
