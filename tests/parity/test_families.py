@@ -60,20 +60,28 @@ def events(g: DiffusersGenerator, num_draws: int = 1) -> tuple[Sample, Any]:
     return sample, event
 
 
+def pipeline_images(
+    g: DiffusersGenerator, inputs: Any, steps: int, guidance: float, negative: Any = None
+) -> Tensor:
+    """What the stock pipeline makes of the same prompts and latents."""
+    return g.pipe(
+        prompt=PROMPTS,
+        negative_prompt=negative,
+        height=64,
+        width=64,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=normals(SEEDS, inputs.shape),
+        output_type="pt",
+    ).images
+
+
 @pytest.mark.parametrize(("family", "guidance"), list(itertools.product(FAMILIES, [1.0, 5.0])))
 def test_images_equal_the_pipeline(folder: Any, family: str, guidance: float) -> None:
     g = generator(folder(family))
     inputs = g.prepare_sampling(PROMPTS, num_steps=5, guidance=guidance)
     ours = torch.stack([m.data for m in g.decode(g.rollout(inputs, SEEDS, "policy").sample)])
-    theirs = g.pipe(
-        prompt=PROMPTS,
-        height=64,
-        width=64,
-        num_inference_steps=5,
-        guidance_scale=guidance,
-        latents=normals(SEEDS, inputs.shape),
-        output_type="pt",
-    ).images
+    theirs = pipeline_images(g, inputs, 5, guidance)
     assert (ours - theirs).abs().max().item() <= 1e-5
     assert (theirs[0] - theirs[1]).abs().max().item() > 1e-2  # the oracle is not constant
 
@@ -92,15 +100,7 @@ def test_images_equal_the_pipeline_with_the_hubs_schedulers(
     g = generator(tmp_path)
     inputs = g.prepare_sampling(PROMPTS, num_steps=6, guidance=5.0)
     ours = torch.stack([m.data for m in g.decode(g.rollout(inputs, SEEDS, "policy").sample)])
-    theirs = g.pipe(
-        prompt=PROMPTS,
-        height=64,
-        width=64,
-        num_inference_steps=6,
-        guidance_scale=5.0,
-        latents=normals(SEEDS, inputs.shape),
-        output_type="pt",
-    ).images
+    theirs = pipeline_images(g, inputs, 6, 5.0)
     assert (ours - theirs).abs().max().item() <= 1e-5
 
 
@@ -109,16 +109,7 @@ def test_negative_prompt_equals_the_pipeline(folder: Any, family: str) -> None:
     g = generator(folder(family))
     inputs = g.prepare_sampling(PROMPTS, num_steps=3, guidance=4.0, negative_prompt="blurry, ugly")
     ours = torch.stack([m.data for m in g.decode(g.rollout(inputs, SEEDS, "policy").sample)])
-    theirs = g.pipe(
-        prompt=PROMPTS,
-        negative_prompt=["blurry, ugly"] * 2,
-        height=64,
-        width=64,
-        num_inference_steps=3,
-        guidance_scale=4.0,
-        latents=normals(SEEDS, inputs.shape),
-        output_type="pt",
-    ).images
+    theirs = pipeline_images(g, inputs, 3, 4.0, ["blurry, ugly"] * 2)
     assert (ours - theirs).abs().max().item() <= 1e-5
 
 
