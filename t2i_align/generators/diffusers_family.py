@@ -191,8 +191,9 @@ class DiffusersGenerator:
             "format": 1,
         } | self._variant_key()
 
-    def _variant_key(self) -> dict[str, str]:
-        return {"variant": self.options.variant} if self.options.variant else {}
+    def _variant_key(self, *more: str) -> dict[str, Any]:
+        given = {name: getattr(self.options, name) for name in ("variant", *more)}
+        return {name: value for name, value in given.items() if value}
 
     def text_key(self) -> Mapping[str, Any]:
         """What encoded prompts depend on."""
@@ -203,7 +204,7 @@ class DiffusersGenerator:
             "text": folders.fingerprint(self.folder, parts),
             "dtype": self.options.dtype,
             "format": 1,
-        } | self._variant_key()
+        } | self._variant_key("max_sequence_length")
 
     def load_media(self, media: Media, variant: str) -> Encoded:
         """Decode, resize, crop and maybe mirror one image; see data/images.py."""
@@ -372,13 +373,12 @@ class DiffusersGenerator:
         return [Media("image", image) for image in self.frozen.decode(latent)]
 
     # -- planning and export
-    # ------------------------------------------------------------------------------
 
     def example(self, batch: int) -> Sample:
         """A sample of the right shapes, for planning."""
         size = self.options.resolution // self.vae_factor
         mean = torch.zeros(batch, self.config["in_channels"], size, size)
-        shapes = self.layout.cond_shapes(self.config)
+        shapes = self.layout.cond_shapes(self.config, self.options.max_sequence_length)
         cond = {k: torch.zeros(batch, *shape) for k, shape in shapes.items()}
         return Sample({"mean": mean, "std": mean}, cond)
 

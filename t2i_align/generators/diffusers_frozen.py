@@ -5,6 +5,7 @@ Loaded lazily, apart from the denoiser, and dropped once everything they encode 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ class FrozenParts:
         parts = [vae.decode(x, return_dict=False)[0].float() for x in latent.split(at_once)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).cpu()
 
+    def _sequence_length(self) -> int | None:
+        if "max_sequence_length" not in inspect.signature(type(self.pipe).__call__).parameters:
+            raise ModelError(
+                f"model.max_sequence_length: {type(self.pipe).__name__} does not take it",
+                "remove the key; its text encoders have a fixed length",
+            )
+        return self.options.max_sequence_length
+
     def capture(
         self, prompts: list[str], num_steps: int, guidance: float, negative: str | None
     ) -> Captured:
@@ -162,6 +171,8 @@ class FrozenParts:
         }
         if negative is not None:
             call["negative_prompt"] = [negative] * len(prompts)
+        if self.options.max_sequence_length is not None:
+            call["max_sequence_length"] = self._sequence_length()
         denoiser = getattr(self.pipe, self.layout.denoiser)
         found = capture(self.pipe, denoiser, call, self.layout.sample_arg, self.layout.time_arg)
         rows = len(prompts) * (2 if guidance > 1 else 1)

@@ -56,6 +56,12 @@ class DiffusersOptions(AdaptOptions):
         default="auto",
         description="what the network predicts; auto: as the scheduler's config says",
     )
+    max_sequence_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="text tokens of pipelines that pad a T5 or language-model prompt; null: the "
+        "pipeline's own (256 for SD3, where diffusers' training scripts use 77)",
+    )
     timestep_shift: float | None = Field(
         default=None,
         gt=0,

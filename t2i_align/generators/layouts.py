@@ -43,7 +43,8 @@ class FamilyLayout:
             ``prediction_type``.
         time_scale: rectified only, the network's time at pure noise.
         attention: LoRA preset of ``target_modules: attention``.
-        cond_shapes: conditioning shapes of one item from the denoiser's config, for planning
+        cond_shapes: conditioning shapes of one item from the denoiser's config and the option
+            max_sequence_length, for planning
             without encoders.
         per_image: conditioning that belongs to the image, not the prompt: key -> rule of
             ``assemble``.
@@ -56,19 +57,19 @@ class FamilyLayout:
     sample_arg: str
     prediction: Prediction | Literal["scheduler"]
     attention: list[str]
-    cond_shapes: Callable[[Config], Shapes]
+    cond_shapes: Callable[[Config, int | None], Shapes]
     time_arg: str = "timestep"
     time_scale: float = 1000.0
     per_image: Mapping[str, str] = field(default_factory=dict)
     citation: str = ""
 
 
-def sd_shapes(config: Config) -> Shapes:
+def sd_shapes(config: Config, length: int | None = None) -> Shapes:
     """CLIP hidden states."""
     return {"encoder_hidden_states": (77, config["cross_attention_dim"])}
 
 
-def sdxl_shapes(config: Config) -> Shapes:
+def sdxl_shapes(config: Config, length: int | None = None) -> Shapes:
     """Hidden states of both encoders, the pooled vector, six time ids."""
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return {
@@ -78,10 +79,10 @@ def sdxl_shapes(config: Config) -> Shapes:
     }
 
 
-def sd3_shapes(config: Config) -> Shapes:
-    """77 CLIP and 256 T5 tokens, and the pooled vector."""
+def sd3_shapes(config: Config, length: int | None = None) -> Shapes:
+    """77 CLIP and 256 (or ``length``) T5 tokens, and the pooled vector."""
     return {
-        "encoder_hidden_states": (77 + 256, config["joint_attention_dim"]),
+        "encoder_hidden_states": (77 + (length or 256), config["joint_attention_dim"]),
         "pooled_projections": (config["pooled_projection_dim"],),
     }
 

@@ -42,6 +42,22 @@ UNET = {
     "projection_class_embeddings_input_dim": 6 * 16 + DIM,
 }
 
+FLOW = {"num_train_timesteps": 1000, "shift": 1.0}
+TRANSFORMER = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 7,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 2 * DIM,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 2 * DIM,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
+
 
 def new_sdxl(vae: Path, text: tuple[Any, Any, Any], folder: Path, seed: int = 0) -> Path:
     """A StableDiffusionXLPipeline folder around trained frozen parts and a fresh UNet.
@@ -73,6 +89,51 @@ def new_sdxl(vae: Path, text: tuple[Any, Any, Any], folder: Path, seed: int = 0)
         scheduler=schedule(**SCHEDULER),
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def new_sd3(sdxl: Path, folder: Path, seed: int = 0) -> Path:
+    """A StableDiffusion3Pipeline folder around the frozen parts of the world's SDXL.
+
+    SD3 asks both CLIP towers for a projected vector; the first tower's projection is the identity.
+    There is no T5, as in the low-memory use of SD3.
+
+    Args:
+        sdxl: pipeline folder whose autoencoder, tokenizer and text encoders are taken.
+        folder: where to write.
+        seed: of the transformer's initialisation.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    plain = CLIPTextModel.from_pretrained(sdxl / "text_encoder")
+    second = CLIPTextModelWithProjection.from_pretrained(sdxl / "text_encoder_2")
+    first = CLIPTextModelWithProjection(plain.config)
+    first.text_model.load_state_dict(plain.state_dict())
+    torch.nn.init.eye_(first.text_projection.weight)
+    vae = AutoencoderKL.from_pretrained(sdxl / "vae")
+    vae.register_to_config(shift_factor=0.0)
+    tokenizer = CLIPTokenizer.from_pretrained(sdxl / "tokenizer")
+    build: Any = SD3Transformer2DModel
+    schedule: Any = FlowMatchEulerDiscreteScheduler
+    pipe: Any = StableDiffusion3Pipeline(
+        transformer=build(**TRANSFORMER),
+        scheduler=schedule(**FLOW),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,  # type: ignore[arg-type]
+        tokenizer_3=None,  # type: ignore[arg-type]
     )
     pipe.save_pretrained(folder)
     return folder
