@@ -34,7 +34,7 @@ def evaluate(
     from t2i_align.evaluate.run import Protocol, run
     from t2i_align.generators.diffusers_family import DiffusersGenerator
     from t2i_align.generators.diffusers_options import DiffusersOptions
-    from t2i_align.rollout.generate import load_weights
+    from t2i_align.rollout.generate import load_weights, weights_sha256
 
     hush()
     protocol = Protocol(
@@ -49,7 +49,12 @@ def evaluate(
     options = DiffusersOptions(name_or_path=model, resolution=protocol.resolution)
     generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
     load_weights(generator, lora, denoiser)
-    facts = {"model": model, "lora": lora, "denoiser": denoiser}
+    facts = {
+        "model": model,
+        "lora": lora,
+        "denoiser": denoiser,
+        "weights_sha256": weights_sha256(generator, lora, denoiser),
+    }
     result = run(generator, protocol, facts, out, Console(stderr=True))
     rows = [(task, f"{mean:.3f}") for task, mean in result["tasks"].items()]
     overall = result["overall"]

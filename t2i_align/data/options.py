@@ -37,6 +37,11 @@ class RecordOptions(Options):
     max_records: int | None = Field(
         None, ge=1, description="stop after this many records; null for all"
     )
+    shuffle_labels: bool = Field(
+        False,
+        description="control run: every record's label is drawn by a coin, so what is gained was "
+        "not learned from preferences",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="renames, ours: theirs, for files that name a column otherwise",

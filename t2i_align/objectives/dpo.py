@@ -12,6 +12,11 @@ On ``elbo`` scores, log p = -error/2 with the mean over elements, so
 and 46 with different factors); the suite follows the code. A sum convention with factor 1 is
 reached with ``beta_sum = 0.5 beta / num_elements``.
 
+    (4)  loss  += sft_weight E[-log p_policy(w)] on tokens, sft_weight E[m_w] on elbo
+
+Eq. (4) is the anchor of Regularized Preference Optimization (Liu et al. 2024, arXiv:2405.16436; off
+by default): it holds the winner's likelihood where (3) alone lets both fall.
+
 Kept ties: with probability ``preference`` that the first is better, loss = -p log s(u) - (1-p) log
     s(-u).
 """
@@ -26,7 +31,12 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import Coupling, Layout, LossOutput, ScoredBatch
-from t2i_align.objectives.margin import implicit_rewards, pair_metrics, weighted_mean
+from t2i_align.objectives.margin import (
+    implicit_rewards,
+    negative_likelihood,
+    pair_metrics,
+    weighted_mean,
+)
 from t2i_align.options import Options
 from t2i_align.protocols import Stats
 
@@ -47,6 +57,12 @@ class DPOOptions(Options):
         ge=0,
         lt=0.5,
         description="probability that a label is flipped (conservative DPO); 0 in the paper",
+    )
+    sft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the winner's own loss, added to keep it likely; (3) pulls with "
+        "beta / 4 times the error's gradient at the start, so compare with that",
     )
 
 
@@ -86,7 +102,9 @@ class DPO:
             + (1 - batch.preference) * self.options.label_smoothing
         )
         per_pair = -p * F.logsigmoid(u) - (1 - p) * F.logsigmoid(-u)  # (3)
-        loss = weighted_mean(per_pair, batch.weight)
+        if self.options.sft_weight > 0:
+            per_pair = per_pair + self.options.sft_weight * negative_likelihood(batch)[batch.chosen]
+        loss = weighted_mean(per_pair, batch.weight)  # (4)
         with torch.no_grad():
             metrics = pair_metrics(batch, rho, u)
         return LossOutput(loss, per_pair, metrics, state)

@@ -20,6 +20,12 @@ def implicit_rewards(batch: ScoredBatch) -> Tensor:
     return batch.scores["policy"].per_item() - batch.scores["reference"].per_item().detach()
 
 
+def negative_likelihood(batch: ScoredBatch) -> Tensor:
+    """What ``sft`` minimises, ``(B,)``: the mean error (elbo), or -log p per token."""
+    score = batch.scores["policy"]
+    return score.error_per_item() if score.error is not None else -score.per_item("mean")
+
+
 def weighted_mean(per_example: Tensor, weight: Tensor | None) -> Tensor:
     """Mean of ``weight * per_example``.
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from t2i_align.contract import Coupling, Layout, LossOutput, ScoredBatch
-from t2i_align.objectives.margin import by_time_bin, weighted_mean
+from t2i_align.objectives.margin import by_time_bin, negative_likelihood, weighted_mean
 from t2i_align.options import Options
 from t2i_align.protocols import Stats
 
@@ -50,8 +50,7 @@ class SFT:
 
     def __call__(self, batch: ScoredBatch, state: dict[str, Tensor], stats: Stats) -> LossOutput:
         """Mean error or mean negative log-likelihood."""
-        score = batch.scores["policy"]
-        per_item = score.error_per_item() if score.error is not None else -score.per_item("mean")
+        per_item = negative_likelihood(batch)
         metrics = {"sft/nll": per_item.detach()}
         if batch.lam is not None:
             metrics |= by_time_bin("sft/nll", per_item.detach(), batch.lam.float().mean(1))

@@ -7,6 +7,7 @@ continues where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from t2i_align.data.media_io import to_image
 from t2i_align.errors import DataError, ModelError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
+from t2i_align.generators.diffusers_folder import fingerprint
 from t2i_align.process.seeds import derive
 
 Job = tuple[Path, str, int]
@@ -93,6 +95,24 @@ def load_weights(generator: DiffusersGenerator, lora: str | None, denoiser: str 
             generator.load_adapter(lora)
         except (OSError, ValueError) as error:
             raise ModelError(f"--lora: cannot load {lora}: {error}") from error
+
+
+def weights_sha256(generator: DiffusersGenerator, lora: str | None, denoiser: str | None) -> str:
+    """One hash over the pipeline folder and what is loaded on top of it.
+
+    An adapter given by a hub id counts by its name.
+    """
+    assert generator.folder is not None
+    digest = hashlib.sha256(fingerprint(generator.folder, ["."]).encode())
+    for given in (lora, denoiser):
+        path = Path(given).expanduser() if given else None
+        if path is None or not path.exists():
+            digest.update(repr(given).encode())
+        elif path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).hexdigest().encode())
+        else:
+            digest.update(fingerprint(path, ["."]).encode())
+    return digest.hexdigest()
 
 
 def jobs(prompts: Sequence[str], settings: Settings, out: Path) -> Iterator[Job]:

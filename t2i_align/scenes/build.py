@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ import torch
 from t2i_align.scenes.grammar import sample_prompts, scene_for
 from t2i_align.scenes.render import render
 from t2i_align.scenes.text import DIM
+
+if TYPE_CHECKING:
+    from t2i_align.scenes.pairs import PairSettings
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -176,7 +179,7 @@ def start_sdxl(vae: Path, out: Path, seed: int) -> float:
 
 
 def draw_pairs(
-    model: str, denoiser: str | None, out: Path, num: int, seed: int, console: Any
+    model: str, denoiser: str | None, out: Path, settings: PairSettings, console: Any
 ) -> dict[str, float]:
     """Load a model and build pairs of its samples; see pairs.py."""
     from t2i_align.generators.diffusers_family import DiffusersGenerator
@@ -187,4 +190,4 @@ def draw_pairs(
     options = DiffusersOptions(name_or_path=model, resolution=64)
     generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
     load_weights(generator, None, denoiser)
-    return build_pairs(generator, out, num_prompts=num, console=console, seed=seed)
+    return build_pairs(generator, out, settings, console)

@@ -2,7 +2,8 @@
 
 For each prompt K samples are drawn and judged. The best against the worst by (verdict, graded
 score) makes a pair; where they agree in the verdict and differ by at most ``TIE`` in graded score,
-the pair is kept as a tie (label 0.5), so that consumers have to handle ties. Columns are
+the pair is kept as a tie (label 0.5), so that consumers have to handle ties. With renders as
+winners, a correct render stands against the worst sample, where that is wrong. Columns are
 Pick-a-Pic's.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from t2i_align.evaluate.metrics.geneval import evaluate
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.process.seeds import derive
 from t2i_align.scenes.detect import detect
-from t2i_align.scenes.grammar import Metadata, sample_prompts
+from t2i_align.scenes.grammar import Metadata, sample_prompts, scene_for
+from t2i_align.scenes.render import render
 from t2i_align.scenes.score import graded_score
 
 TIE = 0.08
@@ -50,7 +53,7 @@ def verdicts(images: Sequence[Image.Image], metadata: Metadata) -> list[tuple[bo
 def pair_of(
     images: Sequence[Image.Image], metadata: Metadata, number: int
 ) -> dict[str, Any] | None:
-    """One row: best and worst sample in random order, or None where all are hopeless."""
+    """One row: best and worst picture in random order, or None where all are hopeless."""
     scores = verdicts(images, metadata)
     order = sorted(range(len(images)), key=lambda i: scores[i])
     worst, best = order[0], order[-1]
@@ -75,52 +78,81 @@ def pair_of(
     }
 
 
-def build_pairs(
-    generator: DiffusersGenerator,
-    path: Path,
-    *,
-    num_prompts: int,
-    console: Console,
-    samples: int = 4,
-    seed: int = 0,
-    guidance: float = 3.0,
-    batch: int = 16,
-) -> dict[str, float]:
-    """Sample, judge, write parquet.
+def render_pair(
+    images: Sequence[Image.Image], metadata: Metadata, number: int, seed: int
+) -> dict[str, Any] | None:
+    """One row: a correct render over the worst sample, or None where no sample is wrong."""
+    wrong = [
+        (graded, i) for i, (right, graded) in enumerate(verdicts(images, metadata)) if not right
+    ]
+    if not wrong:
+        return None
+    rng = np.random.default_rng([seed, number, 2])
+    truth = Image.fromarray(render(scene_for(metadata, rng), rng))
+    return pair_of([truth, images[min(wrong)[1]]], metadata, number)
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs are made.
 
     Args:
-        generator: policy loaded.
-        path: parquet file to write.
-        num_prompts: training prompts drawn, tasks evenly.
-        console: for progress.
+        num_prompts: prompts drawn, tasks evenly.
         samples: pictures of each prompt.
+        winners: own samples, or renders over wrong samples.
+        held_out: prompts of the held-out side: for measuring judges, never for training.
         seed: of prompts and noise.
         guidance: of sampling.
         batch: prompts at once.
+    """
+
+    num_prompts: int
+    samples: int = 4
+    winners: Literal["samples", "renders"] = "samples"
+    held_out: bool = False
+    seed: int = 0
+    guidance: float = 3.0
+    batch: int = 16
+
+
+def draw_samples(
+    generator: DiffusersGenerator, items: Sequence[Metadata], start: int, settings: PairSettings
+) -> list[list[Image.Image]]:
+    """``samples`` pictures of each prompt; ``start`` numbers the first of all pictures."""
+    part = [m for m in items for _ in range(settings.samples)]
+    seeds = [derive(settings.seed, m["prompt"], start + i, "pairs") for i, m in enumerate(part)]
+    with torch.autocast(generator.device.type, torch.bfloat16):
+        inputs = generator.prepare_sampling(
+            [m["prompt"] for m in part], num_steps=20, guidance=settings.guidance
+        )
+        rolled = generator.rollout(inputs, torch.tensor(seeds), "policy")
+        pictures = [to_image(m) for m in generator.decode(rolled.sample)]
+    return [pictures[i : i + settings.samples] for i in range(0, len(part), settings.samples)]
+
+
+def build_pairs(
+    generator: DiffusersGenerator, path: Path, settings: PairSettings, console: Console
+) -> dict[str, float]:
+    """Sample, judge, write parquet.
 
     Returns:
-        counts: pairs, ties, and the share of right samples.
+        counts: pairs, ties, and the share of right pictures.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    items = sample_prompts(num_prompts, seed, held_out=False)
-    rows: list[dict[str, Any]] = []
-    for start in track(range(0, num_prompts, batch), "pairs", console=console):
-        part = [m for m in items[start : start + batch] for _ in range(samples)]
-        seeds = [
-            derive(seed, m["prompt"], start * samples + i, "pairs") for i, m in enumerate(part)
-        ]
-        with torch.autocast(generator.device.type, torch.bfloat16):
-            inputs = generator.prepare_sampling(
-                [m["prompt"] for m in part], num_steps=20, guidance=guidance
-            )
-            rolled = generator.rollout(inputs, torch.tensor(seeds), "policy")
-            pictures = [to_image(m) for m in generator.decode(rolled.sample)]
-        for i in range(0, len(part), samples):
-            row = pair_of(pictures[i : i + samples], part[i], start + i // samples)
-            rows += [] if row is None else [row]
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="none")
-    right = np.mean([r[k] for r in rows for k in ("correct_0", "correct_1")])
-    ties = sum(r["label_0"] == 0.5 for r in rows)
-    return {"pairs": len(rows), "ties": ties, "right": float(right)}
+    items = sample_prompts(settings.num_prompts, settings.seed, held_out=settings.held_out)
+    rows: list[dict[str, Any] | None] = []
+    for start in track(range(0, len(items), settings.batch), "pairs", console=console):
+        part = items[start : start + settings.batch]
+        drawn = draw_samples(generator, part, start * settings.samples, settings)
+        for number, (metadata, images) in enumerate(zip(part, drawn, strict=True), start):
+            if settings.winners == "renders":
+                rows.append(render_pair(images, metadata, number, settings.seed))
+            else:
+                rows.append(pair_of(images, metadata, number))
+    kept = [r for r in rows if r is not None]
+    pq.write_table(pa.Table.from_pylist(kept), path, compression="none")
+    right = np.mean([r[k] for r in kept for k in ("correct_0", "correct_1")])
+    ties = sum(r["label_0"] == 0.5 for r in kept)
+    return {"pairs": len(kept), "ties": ties, "right": float(right)}

@@ -24,8 +24,10 @@ from torch import Tensor
 import t2i_align
 from t2i_align.contract import Coupling, DrawSpec, Score, ScoredBatch
 from t2i_align.data.batch import Batch, Prepared
+from t2i_align.data.control import ShuffledLabels
 from t2i_align.data.order import picks
 from t2i_align.data.prepare import prepare
+from t2i_align.data.source import Source
 from t2i_align.errors import InterruptedRun, TrainingError
 from t2i_align.protocols import Generator, Objective
 from t2i_align.recipe import Recipe
@@ -89,7 +91,9 @@ class OfflineRun:
 
     def _prepare(self) -> Prepared:
         recipe = self.recipe
-        source = recipe.chosen("data")(recipe.data)
+        source: Source = recipe.chosen("data")(recipe.data)
+        if recipe.data.shuffle_labels:
+            source = ShuffledLabels(source)
         with self.accelerator.main_process_first():
             data = prepare(
                 source,

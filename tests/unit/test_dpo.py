@@ -186,3 +186,20 @@ def test_metrics_by_time_bin_and_std() -> None:
     torch.testing.assert_close(
         out.metrics["logits/std"], torch.tensor([0.75, -0.75]), atol=1e-3, rtol=0
     )
+
+
+def test_the_anchor_adds_the_winners_error() -> None:
+    """Eq. (4): loss(w) - loss(0) = w mean(m_w), and its gradient reaches winners only."""
+    m, r = f64(0.3, 0.1, 0.5, 0.2).requires_grad_(), f64(0.2, 0.2, 0.4, 0.1)
+    batch = ScoredBatch(
+        scores={"policy": elbo(m), "reference": elbo(r)},
+        chosen=torch.tensor([0, 1]),
+        rejected=torch.tensor([2, 3]),
+        preference=torch.ones(2, dtype=m.dtype),
+    )
+    plain, anchored = (
+        DPO(DPOOptions(beta=3.0, sft_weight=w))(batch, {}, LocalStats()).loss for w in (0.0, 7.0)
+    )
+    (gradient,) = torch.autograd.grad(anchored - plain, m)
+    assert (anchored - plain).item() == pytest.approx(7.0 * (0.3 + 0.1) / 2, abs=1e-12)
+    assert torch.allclose(gradient, f64(3.5, 3.5, 0.0, 0.0))
