@@ -28,6 +28,9 @@ def scenes(
         Literal["samples", "renders"],
         typer.Option(help="Own samples, or correct renders over wrong samples."),
     ] = "samples",
+    pairing: Annotated[
+        Literal["best_worst", "all"], typer.Option(help="Which own samples of a prompt meet.")
+    ] = "best_worst",
     held_out: Annotated[
         bool, typer.Option(help="Held-out prompts: to measure judges, never to train.")
     ] = False,
@@ -60,7 +63,7 @@ def scenes(
     elif model is None:
         raise UserError("scenes pairs needs a model to draw them", "give --model FOLDER")
     else:
-        settings = PairSettings(num, samples, winners, held_out, seed)
+        settings = PairSettings(num, samples, winners, pairing, held_out, seed)
         counts = build.draw_pairs(model, denoiser, out, settings, console)
         console.print(
             f"{counts['pairs']} pairs ({counts['ties']} ties) in {out}; "

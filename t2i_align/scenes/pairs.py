@@ -10,6 +10,7 @@ Pick-a-Pic's.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,15 @@ def pair_of(
     }
 
 
+def every_pair(
+    images: Sequence[Image.Image], metadata: Metadata, number: int
+) -> list[dict[str, Any] | None]:
+    """A row for every two pictures that differ."""
+    pairs = itertools.combinations(images, 2)
+    rows = [pair_of(p, metadata, 1000 * number + k) for k, p in enumerate(pairs)]
+    return [r for r in rows if r is not None and r["label_0"] != 0.5]
+
+
 def render_pair(
     images: Sequence[Image.Image], metadata: Metadata, number: int, seed: int
 ) -> dict[str, Any] | None:
@@ -100,6 +110,7 @@ class PairSettings:
         num_prompts: prompts drawn, tasks evenly.
         samples: pictures of each prompt.
         winners: own samples, or renders over wrong samples.
+        pairing: of a prompt's own samples; ``all`` leaves ties out.
         held_out: prompts of the held-out side: for measuring judges, never for training.
         seed: of prompts and noise.
         guidance: of sampling.
@@ -109,6 +120,7 @@ class PairSettings:
     num_prompts: int
     samples: int = 4
     winners: Literal["samples", "renders"] = "samples"
+    pairing: Literal["best_worst", "all"] = "best_worst"
     held_out: bool = False
     seed: int = 0
     guidance: float = 3.0
@@ -149,6 +161,8 @@ def build_pairs(
         for number, (metadata, images) in enumerate(zip(part, drawn, strict=True), start):
             if settings.winners == "renders":
                 rows.append(render_pair(images, metadata, number, settings.seed))
+            elif settings.pairing == "all":
+                rows += every_pair(images, metadata, number)
             else:
                 rows.append(pair_of(images, metadata, number))
     kept = [r for r in rows if r is not None]

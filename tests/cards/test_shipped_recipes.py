@@ -45,7 +45,12 @@ def test_without_data_the_message_names_the_path(name: str) -> None:
         load_recipe(name)
 
 
-@pytest.mark.parametrize("name", WORLD)
+def test_the_quickstart_recipe_needs_no_file_of_the_user() -> None:
+    recipe = load_recipe("scenes_dpo")
+    assert recipe.model.name_or_path == "bundled/scenes_sdxl"
+
+
+@pytest.mark.parametrize("name", sorted(set(WORLD) - {"scenes_dpo"}))
 def test_recipes_of_the_world_load_beside_their_files(name: str, tmp_path: Path) -> None:
     model, data = write_pipeline(tmp_path / "m"), tmp_path / "d.parquet"
     row = {"prompt": ["a"], "image": [b"0"], "label": [1]}
