@@ -1,6 +1,6 @@
 """The exact judge on a model's own pictures: smudges of its first steps, and a person's verdicts.
 
-``tests/pictures``: sheets of 64 px samples. ``early_step_*.png`` come from the first 500 to 1,500
+``pictures``: sheets of 64 px samples. ``early_step_*.png`` come from the first 500 to 1,500
 steps of the base's training, before any glyph is readable. ``by_eye.png`` holds 100 samples of the
 bundled base on held-out prompts; ``by_eye.json`` their prompts' metadata and whether a person, who
 had not seen the judge's verdict, called each picture right.
@@ -19,7 +19,7 @@ from t2i_align.evaluate.metrics.geneval import evaluate
 from t2i_align.scenes.detect import Part, detect, detections
 from t2i_align.scenes.render import SIDE
 
-PICTURES = Path(__file__).parents[1] / "pictures"
+PICTURES = Path(__file__).parent / "pictures"
 
 
 def tiles(name: str) -> list[Image.Image]:

@@ -1,0 +1,249 @@
+"""Pictures of a comparison: which are shown, and what a page needs to know of each.
+
+Chosen by position only. Of each task the first N; of those whose verdict changed the first ones,
+one task after the other in turn, so that no task crowds out the rest. Both numbers are halved until
+the pictures fit into ``MAX_BYTES``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i_align.errors import DataError
+from t2i_align.evaluate.detections import Detection
+from t2i_align.evaluate.metrics.geneval import DEFAULTS
+
+PER_TASK = 24
+CHANGED = 60
+MAX_BYTES = 5_500_000  # of all pictures as base64
+FONT = 0.072  # of a box's label, relative to the picture's width
+ADVANCE = 0.66  # width of a letter relative to the font, estimated
+
+Rows = Sequence[dict[str, Any]]
+Folders = tuple[Path, Path]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Positions of the pairs that are shown.
+
+    Args:
+        tasks: by task.
+        changed: of ``repaired`` and ``broken`` pairs.
+    """
+
+    tasks: dict[str, list[int]]
+    changed: dict[str, list[int]]
+
+    @property
+    def every(self) -> list[int]:
+        """Each position once, one entry for each place it is shown at."""
+        return [k for part in (self.tasks, self.changed) for ks in part.values() for k in ks]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A detection as it is drawn, in pixels of the picture.
+
+    Args:
+        x: left edge.
+        y: upper edge.
+        width: of the box.
+        height: of the box.
+        label: colour, class and score.
+        counted: whether GenEval keeps it.
+        text: where the label starts, left end of its base line.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+    counted: bool
+    text: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with its verdict.
+
+    Args:
+        side: ``before`` or ``after``.
+        uri: the PNG file as a data address.
+        size: width and height in pixels.
+        correct: the verdict.
+        reason: why it is wrong; empty when it is right.
+        graded: graded score in [0, 1].
+        boxes: detections, those that count last, so that they lie on top.
+    """
+
+    side: str
+    uri: str
+    size: tuple[int, int]
+    correct: bool
+    reason: str
+    graded: float
+    boxes: tuple[Box, ...]
+
+    @property
+    def font(self) -> float:
+        """Size of the labels in pixels of the picture."""
+        return round(FONT * self.size[0], 2)
+
+    @property
+    def seen(self) -> str:
+        """The detections in words."""
+        words = [b.label + ("" if b.counted else " (not counted)") for b in reversed(self.boxes)]
+        return ", ".join(words) or "nothing"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and noise before and after."""
+
+    number: int
+    task: str
+    prompt: str
+    change: str
+    sides: tuple[Picture, Picture]
+
+
+def change_of(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """``repaired``, ``broken``, or which verdict stayed."""
+    if before["correct"] == after["correct"]:
+        return "right" if after["correct"] else "wrong"
+    return "repaired" if after["correct"] else "broken"
+
+
+def in_turn(numbers: Iterable[int], rows: Rows, limit: int) -> list[int]:
+    """The first ``limit`` numbers, one of each task in turn, then in order of position."""
+    queues: dict[str, list[int]] = defaultdict(list)
+    for k in numbers:
+        queues[rows[k]["tag"]].append(k)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+    return sorted(itertools.islice((k for k in turns if k is not None), limit))
+
+
+def choose(folders: Folders, before: Rows, after: Rows, max_bytes: int = MAX_BYTES) -> Chosen:
+    """Which pairs are shown.
+
+    Args:
+        folders: of the evaluations.
+        before: their result rows.
+        after: the same prompts in the same order.
+        max_bytes: of all pictures as base64; one pair a task and kind is shown whatever its size.
+    """
+    tasks: dict[str, list[int]] = defaultdict(list)
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for k, pair in enumerate(zip(before, after, strict=True)):
+        tasks[before[k]["tag"]].append(k)
+        kinds[change_of(*pair)].append(k)
+    per_task, limit = PER_TASK, CHANGED
+    while True:
+        chosen = Chosen(
+            {t: ks[:per_task] for t, ks in tasks.items()},
+            {kind: in_turn(kinds[kind], before, limit) for kind in ("repaired", "broken")},
+        )
+        files = (
+            picture_file(folder, rows[k])
+            for k in chosen.every
+            for folder, rows in zip(folders, (before, after), strict=True)
+        )
+        if sum(file.stat().st_size for file in files) * 4 / 3 <= max_bytes or per_task == 1:
+            return chosen
+        per_task, limit = max(1, per_task // 2), max(1, limit // 2)
+
+
+def pairs_of(
+    folders: Folders, before: Rows, after: Rows, numbers: Iterable[int]
+) -> dict[int, Pair]:
+    """Pairs by position.
+
+    Args:
+        folders: of the evaluations.
+        before: their result rows.
+        after: the same prompts in the same order.
+        numbers: positions, repeated ones are read once.
+
+    Raises:
+        DataError: a picture is missing, lies outside its folder or is no PNG file.
+    """
+    return {
+        k: Pair(
+            k,
+            before[k]["tag"],
+            before[k]["prompt"],
+            change_of(before[k], after[k]),
+            (picture(folders[0], before[k], "before"), picture(folders[1], after[k], "after")),
+        )
+        for k in dict.fromkeys(numbers)
+    }
+
+
+def picture_file(folder: Path, row: dict[str, Any]) -> Path:
+    """The file of a result row.
+
+    Raises:
+        DataError: it is missing or lies outside the folder.
+    """
+    file = folder / row["filename"]
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder}: results.jsonl names {row['filename']!r}, outside its folder")
+    if not file.is_file():
+        raise DataError(f"picture {file} is missing", "run `t2i-align eval` into the folder again")
+    return file
+
+
+def picture(folder: Path, row: dict[str, Any], side: str) -> Picture:
+    """What the page needs of one result row."""
+    from PIL import Image, UnidentifiedImageError
+
+    file = picture_file(folder, row)
+    data = file.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            size = image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"picture {file} is no PNG file") from error
+    found = [Detection.from_dict(d) for d in row["detections"]]
+    counting = row["tag"] == "counting"
+    threshold = DEFAULTS.counting_threshold if counting else DEFAULTS.threshold
+    boxes = [box_of(d, d.score > threshold, size) for d in found]
+    return Picture(
+        side,
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+        size,
+        bool(row["correct"]),
+        "; ".join(row["reason"].splitlines()),
+        float(row["graded"]),
+        tuple(sorted(boxes, key=lambda b: b.counted)),
+    )
+
+
+def box_of(found: Detection, counted: bool, size: tuple[int, int]) -> Box:
+    """A detection with a label that stays inside the picture: above its box, else below, else in.
+
+    Args:
+        found: the detection.
+        counted: whether GenEval keeps it.
+        size: width and height of the picture.
+    """
+    x1, y1, x2, y2 = found.box
+    label = " ".join(p for p in (found.color, found.cls, f"{found.score:.2f}") if p)
+    font = FONT * size[0]
+    left = max(0.0, min(x1, size[0] - ADVANCE * font * len(label)))
+    if y1 >= font * 1.2:
+        line = y1 - 0.3 * font
+    elif y2 + 1.1 * font <= size[1]:
+        line = y2 + 0.95 * font
+    else:
+        line = y1 + 1.1 * font
+    return Box(x1, y1, x2 - x1, y2 - y1, label, counted, (round(left, 2), round(line, 2)))

@@ -1,0 +1,314 @@
+"""One HTML file that shows a comparison: numbers, pictures with their boxes, curves, provenance.
+
+The file needs nothing else: pictures are data addresses, figures inline SVG, and its own content
+policy forbids scripts and every request. Prompts and reasons are untrusted text and are escaped.
+Pictures are chosen by position, never by looks: the first of each task, and apart from them those
+whose verdict changed. Equal inputs give an equal file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i_align.errors import DataError, StorageError
+from t2i_align.evaluate.aggregate import Interval, bootstrap_mean, macro_mean
+from t2i_align.evaluate.compare import compare, read_rows, table
+from t2i_align.evaluate.figures import CURVES, Bar, bars, curves
+from t2i_align.evaluate.gallery import Pair, choose, pairs_of
+from t2i_align.evaluate.provenance import (
+    commands,
+    facts_of,
+    read_object,
+    recipe_yaml,
+    sides_table,
+    versions,
+    weights,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+EXCLUDES_0 = {
+    1: "The interval lies above 0: the model after is better than the one before by more than the "
+    "choice of prompts explains.",
+    -1: "The interval lies below 0: the model after is worse than the one before by more than the "
+    "choice of prompts explains.",
+    0: "The interval includes 0: these pictures do not show that the two models differ.",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A further part of the report: a text, a table, or both.
+
+    Args:
+        title: heading.
+        text: plain text below it; an empty line starts a paragraph.
+        rows: of the table; columns are the keys in the order they first occur.
+    """
+
+    title: str
+    text: str = ""
+    rows: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the table's columns."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """The text's paragraphs."""
+        return [part.strip() for part in self.text.split("\n\n") if part.strip()]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The table's cells as text, in the order of the columns."""
+        return [[cell(row.get(key)) for key in self.columns] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the report says of a training run.
+
+    Args:
+        folder: as it was given.
+        facts: its summary, as a table of two columns.
+        figure: SVG of the curves, None without metrics.
+        label: the curves in words.
+        recipe: as YAML, empty without ``run.json``.
+    """
+
+    folder: Path
+    facts: Section
+    figure: str | None
+    label: str
+    recipe: str
+
+
+def build_report(
+    before: Path,
+    after: Path,
+    out: Path,
+    *,
+    runs: Sequence[Path] = (),
+    extras: Sequence[Section] = (),
+    title: str = "Alignment report",
+) -> Path:
+    """Write the report of two evaluations; an older file is replaced when the new one is whole.
+
+    Args:
+        before: evaluation folder of the baseline.
+        after: of the other model, same prompts and noise.
+        out: the HTML file.
+        runs: output folders of the training runs that led from one to the other.
+        extras: further sections, shown after the training runs.
+        title: heading of the page.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        DataError: the evaluations cannot be compared, a picture is missing, or a folder of
+            ``runs`` holds no run.
+        StorageError: the file cannot be written.
+    """
+    result = compare(before, after)
+    rows = read_rows(before), read_rows(after)
+    facts = facts_of(before), facts_of(after)
+    chosen = choose((before, after), *rows)
+    pairs = pairs_of((before, after), *rows, chosen.every)
+    page = dict(
+        title=title,
+        headline=headline(result, facts[0]["protocol"], len(rows[0])),
+        table=Section("", rows=table(result)),
+        bars=bars(bar_rows(*rows, result), "bars"),
+        tasks=[_task(t, line, chosen.tasks[t], pairs) for t, line in result["tasks"].items()],
+        changed=[
+            _changed(name, result["overall"][count], chosen.changed[name], pairs)
+            for name, count in (("repaired", "win"), ("broken", "lose"))
+        ],
+        runs=[read_run(folder, f"run{k}") for k, folder in enumerate(runs)],
+        extras=extras,
+        sides=Section("", rows=sides_table((before, after), facts)),
+        weights=Section("", rows=weights(facts, runs)),
+        versions=Section("", rows=versions()),
+        commands=commands((before, after), facts, runs, out),
+    )
+    return write(out, render(page))
+
+
+def headline(result: Mapping[str, Any], protocol: Mapping[str, Any], num: int) -> dict[str, Any]:
+    """What the top of the page says."""
+    overall, graded = result["overall"], result["graded"]
+    d = overall["difference"]
+    sign = 1 if d["low"] > 0 else -1 if d["high"] < 0 else 0
+    return {
+        "before": f"{overall['before']:.3f}",
+        "after": f"{overall['after']:.3f}",
+        "difference": f"{d['mean']:+.3f}",
+        "interval": f"[{d['low']:+.3f}, {d['high']:+.3f}]",
+        "win": overall["win"],
+        "tie": overall["tie"],
+        "lose": overall["lose"],
+        "p": f"{overall['mcnemar_p']:.2g}",
+        "pictures": num,
+        "held_out": bool(protocol.get("held_out")),
+        "sign": {1: "up", -1: "down", 0: "even"}[sign],
+        "conclusion": EXCLUDES_0[sign],
+        "graded": f"{graded['before']:.3f} to {graded['after']:.3f}, difference "
+        f"{graded['difference']['mean']:+.3f} "
+        f"[{graded['difference']['low']:+.3f}, {graded['difference']['high']:+.3f}]",
+    }
+
+
+def bar_rows(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], result: Mapping[str, Any]
+) -> list[Bar]:
+    """The chart's rows: every task, then overall."""
+    names = list(result["tasks"])
+    groups = {t: [r["prompt"] for r in before if r["tag"] == t] for t in names}
+    sides = [
+        {t: [float(r["correct"]) for r in rows if r["tag"] == t] for t in names}
+        for rows in (before, after)
+    ]
+    made = [
+        Bar(
+            t,
+            bootstrap_mean(sides[0][t], groups[t]),
+            bootstrap_mean(sides[1][t], groups[t]),
+            Interval(**result["tasks"][t]["difference"]),
+        )
+        for t in names
+    ]
+    overall = [macro_mean(side, groups) for side in sides]
+    difference = Interval(**result["overall"]["difference"])
+    return [*made, Bar("overall", overall[0], overall[1], difference)]
+
+
+def _task(
+    name: str, line: Mapping[str, Any], numbers: Sequence[int], pairs: Mapping[int, Pair]
+) -> dict[str, Any]:
+    """One task's grid."""
+    total = line["win"] + line["tie"] + line["lose"]
+    return {"name": name, "line": line, "total": total, "pairs": [pairs[k] for k in numbers]}
+
+
+def _changed(
+    name: str, total: int, numbers: Sequence[int], pairs: Mapping[int, Pair]
+) -> dict[str, Any]:
+    """The grid of one kind of change."""
+    return {"name": name, "total": total, "pairs": [pairs[k] for k in numbers]}
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """What a training run left behind.
+
+    Args:
+        folder: its output folder.
+        name: starts the ids of its figure.
+
+    Raises:
+        DataError: the folder holds neither a recipe nor metrics.
+    """
+    metrics_file, run_file = folder / "metrics.jsonl", folder / "run.json"
+    if not metrics_file.is_file() and not run_file.is_file():
+        raise DataError(
+            f"{folder} holds no training run (neither run.json nor metrics.jsonl)",
+            "give the output_dir of a recipe that was trained",
+        )
+    metrics = read_metrics(metrics_file)
+    shown = [title for key, title in CURVES.items() if any(key in m for m in metrics)]
+    summary = read_object(folder / "summary.json")
+    seconds = {f"seconds, {k}": v for k, v in summary.get("seconds", {}).items()}
+    plain = {k: v for k, v in summary.items() if isinstance(v, int | float | str) and k != "format"}
+    rows = [{"fact": k.replace("_", " "), "value": v} for k, v in (plain | seconds).items()]
+    return Run(
+        folder,
+        Section("", rows=rows),
+        curves(metrics, name),
+        f"Curves of {folder}, raw and smoothed, by step: {', '.join(shown)}",
+        recipe_yaml(read_object(run_file).get("recipe", {})),
+    )
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` up to the first that is torn; none without the file."""
+    found: list[dict[str, Any]] = []
+    if not file.is_file():
+        return found
+    for line in file.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def read_extras(file: Path) -> list[Section]:
+    """Sections out of a summary: its ``sections``, and its ``seconds`` by phase.
+
+    Args:
+        file: JSON, ``{"seconds": {phase: number}, "sections": [{"title", "text", "rows"}], ...}``;
+            both are optional, other keys belong to others.
+
+    Raises:
+        DataError: no such file, or a part of it has another form.
+    """
+    if not file.is_file():
+        raise DataError(f"no summary at {file}", "give the JSON file of a quickstart")
+    summary = read_object(file)
+    seconds, sections = summary.get("seconds", {}), summary.get("sections", [])
+    form = "{'title': text, 'text': text, 'rows': [objects]}"
+    for entry in sections:
+        known = isinstance(entry, dict) and set(entry) <= {"title", "text", "rows"}
+        if not known or "title" not in entry:
+            raise DataError(f"{file}: a section is {form}, got {entry!r}")
+    if not isinstance(seconds, dict):
+        raise DataError(f"{file}: seconds are {{phase: number}}, got {seconds!r}")
+    made = [Section(e["title"], e.get("text", ""), e.get("rows", ())) for e in sections]
+    if seconds:
+        rows = [{"phase": k, "seconds": v} for k, v in seconds.items()]
+        made.append(Section("Seconds by phase", rows=rows))
+    return made
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: four digits of a float, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def render(parts: Mapping[str, Any]) -> str:
+    """The page of its parts; every text is escaped unless it is one of our figures."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(parts)
+
+
+def write(out: Path, page: str) -> Path:
+    """Put a page in its place in one step.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error}", "choose another --out") from error
+    return out
