@@ -1,3 +1,4 @@
+# make quickstart the embedded world: evaluate the bundled base, align it, evaluate again (CPU, minutes)
 # make test       lint, types and the fast tests, in a .venv made on first use
 # make test-slow  the tests marked slow
 # make test-big   SDXL at its true size on the CPU (7 GB of disk, 9 GB of memory, minutes)
@@ -9,7 +10,12 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev,hub,judges,quant
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: test test-slow test-big lint fmt wheel
+.PHONY: quickstart test test-slow test-big lint fmt wheel
+
+OUT ?= outputs/quickstart
+
+quickstart: $(STAMP)
+	$(BIN)/t2i-align quickstart --out $(OUT)
 
 test: $(STAMP) lint
 	$(PYTEST) -n 2

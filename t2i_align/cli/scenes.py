@@ -1,4 +1,4 @@
-"""``t2i-align scenes``: rebuild the embedded world's data."""
+"""``t2i-align scenes``: rebuild the embedded world's models and data, step by step."""
 
 from __future__ import annotations
 
@@ -7,23 +7,81 @@ from typing import Annotated, Literal
 
 import typer
 
+scenes = typer.Typer(
+    no_args_is_help=True,
+    help="Rebuild the embedded world's models and data; see docs/scenes.md for the order.",
+)
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+File = Annotated[Path, typer.Argument(help="Parquet file to write.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of prompts, places, weights and noise.")]
+Model = Annotated[str, typer.Option(help="Pipeline folder that draws the pictures.")]
+Denoiser = Annotated[str | None, typer.Option(help="Its denoiser, if fine-tuned.")]
+PairFiles = Annotated[
+    list[Path] | None, typer.Option("--pairs", help="Parquet of `scenes pairs`; may be repeated.")
+]
 
-def scenes(
-    what: Annotated[
-        Literal["vae", "sdxl", "sd3", "renders", "pairs"],
-        typer.Argument(
-            help="vae: train the autoencoder; sdxl: train the text encoders and start a UNet; "
-            "sd3: a fresh transformer around the SDXL's frozen parts; renders: ground truth; "
-            "pairs: preferences."
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder (vae, sdxl) or parquet file to write.")],
-    num: Annotated[int, typer.Option(min=1, help="Pictures, or training prompts to pair.")] = 1000,
-    model: Annotated[str | None, typer.Option(help="Pipeline that draws the pairs.")] = None,
-    denoiser: Annotated[str | None, typer.Option(help="Its denoiser, if fine-tuned.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Folder of the autoencoder, for sdxl.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Folder of the SDXL, for sd3.")] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Pictures of a prompt, for pairs.")] = 4,
+
+@scenes.command()
+def vae(out: Out, seed: Seed = 0) -> None:
+    """Train the autoencoder (about 16 minutes on two cores)."""
+    from t2i_align.cli.quiet import hush
+    from t2i_align.scenes.vae import train_vae
+
+    hush()
+    train_vae(out, seed=seed)
+
+
+@scenes.command()
+def sdxl(
+    out: Out,
+    vae: Annotated[Path, typer.Option(help="Folder of the autoencoder.")],
+    seed: Seed = 0,
+) -> None:
+    """Train the text encoders and write an SDXL folder with a fresh UNet (2 minutes)."""
+    from rich.console import Console
+
+    from t2i_align.cli.quiet import hush
+    from t2i_align.scenes.build import start_sdxl
+
+    hush()
+    share = start_sdxl(vae, out, seed)
+    text = f"{out}; facts of held-out prompts read off right: {share:.3f}"
+    Console(stderr=True).print(text)
+
+
+@scenes.command()
+def sd3(
+    out: Out,
+    base: Annotated[Path, typer.Option(help="SDXL folder whose frozen parts it takes.")],
+    seed: Seed = 0,
+) -> None:
+    """Write an SD3 folder with a fresh transformer around an SDXL's frozen parts."""
+    from t2i_align.cli.quiet import hush
+    from t2i_align.scenes.build import new_sd3
+
+    hush()
+    new_sd3(base, out, seed)
+
+
+@scenes.command()
+def renders(
+    out: File,
+    num: Annotated[int, typer.Option(min=1, help="Pictures.")] = 40_000,
+    seed: Seed = 0,
+) -> None:
+    """Render training prompts (about 800 a second)."""
+    from t2i_align.scenes.build import write_renders
+
+    write_renders(out, num, seed)
+
+
+@scenes.command()
+def pairs(
+    out: File,
+    model: Model,
+    denoiser: Denoiser = None,
+    num: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1000,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures of a prompt.")] = 4,
     winners: Annotated[
         Literal["samples", "renders"],
         typer.Option(help="Own samples, or correct renders over wrong samples."),
@@ -34,38 +92,51 @@ def scenes(
     held_out: Annotated[
         bool, typer.Option(help="Held-out prompts: to measure judges, never to train.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts, places, weights and noise.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Rebuild the embedded world, step by step; see recipes/scenes_base.yaml."""
+    """Draw pictures of prompts with a model and pair them by the exact judge."""
     from rich.console import Console
 
     from t2i_align.cli.quiet import hush
-    from t2i_align.errors import UserError
-    from t2i_align.scenes import build
+    from t2i_align.scenes.build import draw_pairs
     from t2i_align.scenes.pairs import PairSettings
 
     hush()
     console = Console(stderr=True)
-    if what == "vae":
-        build.autoencoder(out, seed)
-    elif what == "renders":
-        build.write_renders(out, num, seed)
-        console.print(f"{num} renders in {out}")
-    elif what == "sdxl":
-        if vae is None:
-            raise UserError("scenes sdxl needs an autoencoder", "give --vae FOLDER")
-        share = build.start_sdxl(vae, out, seed)
-        console.print(f"{out}; facts of held-out prompts read off right: {share:.3f}")
-    elif what == "sd3":
-        if base is None:
-            raise UserError("scenes sd3 needs a trained SDXL", "give --base FOLDER")
-        console.print(f"{build.new_sd3(base, out, seed)}")
-    elif model is None:
-        raise UserError("scenes pairs needs a model to draw them", "give --model FOLDER")
-    else:
-        settings = PairSettings(num, samples, winners, pairing, held_out, seed)
-        counts = build.draw_pairs(model, denoiser, out, settings, console)
-        console.print(
-            f"{counts['pairs']} pairs ({counts['ties']} ties) in {out}; "
-            f"{counts['right']:.3f} of their pictures are right"
-        )
+    settings = PairSettings(num, samples, winners, pairing, held_out, seed)
+    counts = draw_pairs(model, denoiser, out, settings, console)
+    console.print(
+        f"{counts['pairs']} pairs ({counts['ties']} ties) in {out}; "
+        f"{counts['right']:.3f} of their pictures are right"
+    )
+
+
+@scenes.command()
+def clip(out: Out, pairs: PairFiles = None, seed: Seed = 0) -> None:
+    """Train the learned judge (open_clip), with pairs of a model's samples if given."""
+    from rich.console import Console
+
+    from t2i_align.cli.quiet import hush
+    from t2i_align.scenes.clip_judge import ClipPlan, train_clip_judge
+
+    hush()
+    train_clip_judge(out, ClipPlan(seed=seed), pairs or [], console=Console(stderr=True))
+
+
+@scenes.command()
+def vlm(
+    out: Out,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Parquet of `scenes pairs`, whose pictures join.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of both phases.")] = 5000,
+    seed: Seed = 0,
+) -> None:
+    """Train the tiny vision-language judge (a stock transformers architecture)."""
+    from rich.console import Console
+
+    from t2i_align.cli.quiet import hush
+    from t2i_align.scenes.vlm import train_vlm
+
+    hush()
+    train_vlm(out, steps=steps, seed=seed, samples=pairs, console=Console(stderr=True))

@@ -162,13 +162,6 @@ def write_renders(path: Path, num: int, seed: int) -> Path:
     return path
 
 
-def autoencoder(out: Path, seed: int) -> None:
-    """Train the autoencoder into a folder (about 16 minutes on two cores)."""
-    from t2i_align.scenes.vae import train_vae
-
-    train_vae(out, seed=seed)
-
-
 def start_sdxl(vae: Path, out: Path, seed: int) -> float:
     """Train the text encoders and write a pipeline with a fresh UNet; share of facts right."""
     from t2i_align.scenes.text import train_encoders

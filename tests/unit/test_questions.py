@@ -35,9 +35,9 @@ FRAMES = (
     r'Does this figure show "(?:a photo of )?(.+)"\? Please answer yes or no\.',
     r"Is this a photo of (.+)\?",
     r"Does this picture show (.+)\?",
+    r"Are there exactly (.+)\?",
     r"(?:Is|Are) there (.+?)(?: in the picture)?\?",
     r"Can you see (.+)\?",
-    r"Are there exactly (.+)\?",
     r"Is (an? .+) in the picture\?",
 )
 PLACE = r" (?:to the )?(left of|right of|above|below) "
@@ -76,7 +76,7 @@ def shows(text: str, scene: Scene) -> bool:
 
 
 def stands(subject: str, relation: str, target: str, scene: Scene) -> bool:
-    """Whether the centres stand so, the asked direction at least half the other's offset."""
+    """Whether the direction between the centres is within 60 degrees of the asked one."""
     ours = [t.center for t in scene.things if t.cls == subject]
     theirs = [t.center for t in scene.things if t.cls == target]
     if not ours or not theirs:
@@ -84,7 +84,7 @@ def stands(subject: str, relation: str, target: str, scene: Scene) -> bool:
     dx, dy = ours[0][0] - theirs[0][0], ours[0][1] - theirs[0][1]
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     across = abs(dy) if relation in ("left of", "right of") else abs(dx)
-    return along > 0.5 * across
+    return along > across / 3**0.5
 
 
 def metadata_of(claim: Claim) -> grammar.Metadata:
