@@ -158,6 +158,8 @@ def load_denoiser(
         ModelError: there are none, or not of the asked variant.
     """
     loader: Any = cls
+    if options.denoiser_name_or_path is not None:
+        return _other_denoiser(loader, options.denoiser_name_or_path, dtype)
     try:
         return loader.from_pretrained(
             folder, subfolder=component, dtype=dtype, variant=options.variant
@@ -166,6 +168,17 @@ def load_denoiser(
         raise ModelError(
             f"cannot load the {component} of {options.name_or_path}: {str(error).splitlines()[0]}",
             "is the folder complete? check model.variant",
+        ) from error
+
+
+def _other_denoiser(loader: Any, name: str, dtype: torch.dtype) -> nn.Module:
+    try:
+        return loader.from_pretrained(local_or_hub(name), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.denoiser_name_or_path: no weights of a {loader.__name__} in '{name}': "
+            f"{str(error).splitlines()[0]}",
+            "give the unet/ or transformer/ folder that a full fine-tuning run exported",
         ) from error
 
 

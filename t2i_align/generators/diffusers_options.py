@@ -24,6 +24,11 @@ class DiffusersOptions(AdaptOptions):
         description="another VAE; SDXL's own overflows in float16, "
         "madebyollin/sdxl-vae-fp16-fix does not",
     )
+    denoiser_name_or_path: str | None = Field(
+        default=None,
+        description="weights to start from instead of the pipeline's own, e.g. the unet/ folder "
+        "an earlier run exported; they are the reference too",
+    )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="precision of the VAE; float32 is safe, and paid once thanks to the cache",

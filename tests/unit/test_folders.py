@@ -48,6 +48,50 @@ def test_missing_and_unknown_models_are_named(tmp_path: Path) -> None:
         folders.family_name(json.loads(other.read_text()), DiffusersOptions(name_or_path="x"))
 
 
+def test_training_can_start_from_the_denoiser_of_an_earlier_run(tmp_path: Path) -> None:
+    """Policy and reference both are the other weights, not the pipeline's."""
+    import torch
+
+    from t2i_align.generators.diffusers_family import DiffusersGenerator
+
+    folder = pipeline_folder("sdxl", tmp_path / "base")
+    plain = DiffusersGenerator(DiffusersOptions(name_or_path=str(folder)), "cpu")
+    plain.load_module(0, reference=False)
+    with torch.no_grad():
+        for p in plain.module.parameters():
+            p.add_(0.25)
+    plain.export(str(tmp_path / "run"))
+    options = DiffusersOptions(
+        name_or_path=str(folder), denoiser_name_or_path=str(tmp_path / "run" / "unet")
+    )
+    second = DiffusersGenerator(options, "cpu")
+    second.load_module(0, reference=True)
+    for view in ("policy", "reference"):
+        with second.views.use(view) as net:
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(net.parameters(), plain.module.parameters(), strict=True)
+            )
+    nowhere = options.model_copy(update={"denoiser_name_or_path": str(tmp_path / "no")})
+    with pytest.raises(ModelError, match=r"denoiser_name_or_path: no weights of a UNet2D"):
+        DiffusersGenerator(nowhere, "cpu").load_module(0, reference=False)
+
+
+def test_a_text_length_is_refused_where_the_pipeline_has_none(tmp_path: Path) -> None:
+    from t2i_align.generators.diffusers_family import DiffusersGenerator
+
+    asked = {"resolution": 32, "max_sequence_length": 16}
+    sdxl = DiffusersOptions(name_or_path=str(pipeline_folder("sdxl", tmp_path / "a")), **asked)
+    with pytest.raises(ModelError, match="max_sequence_length: StableDiffusionXLPipeline does not"):
+        DiffusersGenerator(sdxl, "cpu").encode_prompts(["a cat"])
+    sd3 = DiffusersOptions(name_or_path=str(pipeline_folder("sd3", tmp_path / "b")), **asked)
+    (short,) = DiffusersGenerator(sd3, "cpu").encode_prompts(["a cat"])
+    whole = sd3.model_copy(update={"max_sequence_length": None})
+    (long,) = DiffusersGenerator(whole, "cpu").encode_prompts(["a cat"])
+    lengths = [c["encoder_hidden_states"].shape[0] for c in (short, long)]
+    assert lengths[1] - lengths[0] == 256 - 16
+
+
 def test_vae_factor_is_read_from_its_config(tmp_path: Path) -> None:
     assert folders.vae_factor(None) == 8 and folders.vae_factor(tmp_path) == 8
     (tmp_path / "vae").mkdir()
