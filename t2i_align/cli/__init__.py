@@ -23,9 +23,12 @@ VERBS: dict[str, str] = {
     "validate": "t2i_align.cli.validate:validate",
     "train": "t2i_align.cli.train:train",
     "generate": "t2i_align.cli.generate:generate",
+    "score": "t2i_align.cli.score:score",
     "eval": "t2i_align.cli.eval:evaluate",
     "compare": "t2i_align.cli.compare:compare",
+    "report": "t2i_align.cli.html_report:report",
     "scenes": "t2i_align.cli.scenes:scenes",
+    "quickstart": "t2i_align.cli.quickstart:quickstart",
     "doctor": "t2i_align.cli.doctor:doctor",
     "cite": "t2i_align.cli.cite:cite",
 }
@@ -55,6 +58,14 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     return verb
 
 
+def guarded_group(group: typer.Typer) -> typer.Typer:
+    """The same for every command of a verb that has several."""
+    for command in group.registered_commands:
+        assert command.callback is not None
+        command.callback = guarded(command.callback)
+    return group
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"t2i-align {__version__}")
@@ -81,7 +92,11 @@ def build_app() -> typer.Typer:
     app.callback(epilog=EPILOG)(_root)
     for name, path in VERBS.items():
         module, _, function = path.partition(":")
-        app.command(name)(guarded(getattr(importlib.import_module(module), function)))
+        verb = getattr(importlib.import_module(module), function)
+        if isinstance(verb, typer.Typer):
+            app.add_typer(guarded_group(verb), name=name)
+        else:
+            app.command(name)(guarded(verb))
     return app
 
 

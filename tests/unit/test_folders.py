@@ -80,11 +80,13 @@ def test_training_can_start_from_the_denoiser_of_an_earlier_run(tmp_path: Path) 
 def test_a_text_length_is_refused_where_the_pipeline_has_none(tmp_path: Path) -> None:
     from t2i_align.generators.diffusers_family import DiffusersGenerator
 
-    asked = {"resolution": 32, "max_sequence_length": 16}
-    sdxl = DiffusersOptions(name_or_path=str(pipeline_folder("sdxl", tmp_path / "a")), **asked)
+    def asking(family: str) -> DiffusersOptions:
+        folder = str(pipeline_folder(family, tmp_path / family))
+        return DiffusersOptions(name_or_path=folder, resolution=32, max_sequence_length=16)
+
     with pytest.raises(ModelError, match="max_sequence_length: StableDiffusionXLPipeline does not"):
-        DiffusersGenerator(sdxl, "cpu").encode_prompts(["a cat"])
-    sd3 = DiffusersOptions(name_or_path=str(pipeline_folder("sd3", tmp_path / "b")), **asked)
+        DiffusersGenerator(asking("sdxl"), "cpu").encode_prompts(["a cat"])
+    sd3 = asking("sd3")
     (short,) = DiffusersGenerator(sd3, "cpu").encode_prompts(["a cat"])
     whole = sd3.model_copy(update={"max_sequence_length": None})
     (long,) = DiffusersGenerator(whole, "cpu").encode_prompts(["a cat"])
