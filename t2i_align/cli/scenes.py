@@ -83,8 +83,8 @@ def pairs(
     num: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1000,
     samples: Annotated[int, typer.Option(min=2, help="Pictures of a prompt.")] = 4,
     winners: Annotated[
-        Literal["samples", "renders"],
-        typer.Option(help="Own samples, or correct renders over wrong samples."),
+        Literal["samples", "renders", "both"],
+        typer.Option(help="Own samples, correct renders over wrong samples, or both."),
     ] = "samples",
     pairing: Annotated[
         Literal["best_worst", "all"], typer.Option(help="Which own samples of a prompt meet.")

@@ -3,8 +3,8 @@
 For each prompt K samples are drawn and judged. The best against the worst by (verdict, graded
 score) makes a pair; where they agree in the verdict and differ by at most ``TIE`` in graded score,
 the pair is kept as a tie (label 0.5), so that consumers have to handle ties. With renders as
-winners, a correct render stands against the worst sample, where that is wrong. Columns are
-Pick-a-Pic's.
+winners, a correct render stands against the best and the worst sample, where they are wrong.
+Columns are Pick-a-Pic's; pictures are WebP, of which 64 px take some 600 bytes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ TIE = 0.08
 
 
 def encoded(image: Image.Image) -> bytes:
-    """A small JPEG with full chroma."""
+    """A small file whose verdict is the picture's."""
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=93, subsampling=0)
+    image.save(stream, "WEBP", quality=90, method=6)
     return stream.getvalue()
 
 
@@ -88,18 +88,33 @@ def every_pair(
     return [r for r in rows if r is not None and r["label_0"] != 0.5]
 
 
-def render_pair(
+def render_pairs(
     images: Sequence[Image.Image], metadata: Metadata, number: int, seed: int
-) -> dict[str, Any] | None:
-    """One row: a correct render over the worst sample, or None where no sample is wrong."""
-    wrong = [
-        (graded, i) for i, (right, graded) in enumerate(verdicts(images, metadata)) if not right
-    ]
-    if not wrong:
-        return None
-    rng = np.random.default_rng([seed, number, 2])
-    truth = Image.fromarray(render(scene_for(metadata, rng), rng))
-    return pair_of([truth, images[min(wrong)[1]]], metadata, number)
+) -> list[dict[str, Any] | None]:
+    """A correct render over the best and the worst picture, where they are wrong."""
+    scores = verdicts(images, metadata)
+    order = sorted(range(len(images)), key=lambda i: scores[i])
+    rows = []
+    for k in dict.fromkeys((order[0], order[-1])):
+        if not scores[k][0]:
+            rng = np.random.default_rng([seed, number, k, 2])
+            truth = Image.fromarray(render(scene_for(metadata, rng), rng))
+            rows.append(pair_of([truth, images[k]], metadata, 1000 * number + 500 + k))
+    return rows
+
+
+def rows_of(
+    images: Sequence[Image.Image], metadata: Metadata, number: int, settings: PairSettings
+) -> list[dict[str, Any] | None]:
+    """Every row of one prompt's pictures."""
+    rows: list[dict[str, Any] | None] = []
+    if settings.winners != "renders" and settings.pairing == "all":
+        rows += every_pair(images, metadata, number)
+    elif settings.winners != "renders":
+        rows.append(pair_of(images, metadata, 1000 * number))
+    if settings.winners != "samples":
+        rows += render_pairs(images, metadata, number, settings.seed)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class PairSettings:
     Args:
         num_prompts: prompts drawn, tasks evenly.
         samples: pictures of each prompt.
-        winners: own samples, or renders over wrong samples.
+        winners: own samples, renders over wrong samples, or both kinds of pairs.
         pairing: of a prompt's own samples; ``all`` leaves ties out.
         held_out: prompts of the held-out side: for measuring judges, never for training.
         seed: of prompts and noise.
@@ -119,7 +134,7 @@ class PairSettings:
 
     num_prompts: int
     samples: int = 4
-    winners: Literal["samples", "renders"] = "samples"
+    winners: Literal["samples", "renders", "both"] = "samples"
     pairing: Literal["best_worst", "all"] = "best_worst"
     held_out: bool = False
     seed: int = 0
@@ -159,12 +174,7 @@ def build_pairs(
         part = items[start : start + settings.batch]
         drawn = draw_samples(generator, part, start * settings.samples, settings)
         for number, (metadata, images) in enumerate(zip(part, drawn, strict=True), start):
-            if settings.winners == "renders":
-                rows.append(render_pair(images, metadata, number, settings.seed))
-            elif settings.pairing == "all":
-                rows += every_pair(images, metadata, number)
-            else:
-                rows.append(pair_of(images, metadata, number))
+            rows += rows_of(images, metadata, number, settings)
     kept = [r for r in rows if r is not None]
     pq.write_table(pa.Table.from_pylist(kept), path, compression="none")
     right = np.mean([r[k] for r in kept for k in ("correct_0", "correct_1")])

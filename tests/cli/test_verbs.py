@@ -210,6 +210,16 @@ def test_user_errors_carry_their_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_
         assert err == "error: it broke [so]\n  fix: mend it\n"
 
 
+def test_commands_of_a_group_carry_exit_codes_too(tmp_path: Path) -> None:
+    code, _, err = call("scenes", "pairs", str(tmp_path / "p"), "--model", str(tmp_path / "no"))
+    assert code == 4 and "no diffusers pipeline" in err
+    code, _, err = call("scenes", "sdxl", str(tmp_path / "x"))
+    assert code == 2 and "--vae" in err
+    text = ok("scenes", "--help")
+    for name in ("vae", "sdxl", "sd3", "renders", "pairs", "clip", "vlm"):
+        assert f" {name} " in text and ok("scenes", name, "--help")
+
+
 def test_ctrl_c_outside_a_run_exits_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from t2i_align.train import run
 

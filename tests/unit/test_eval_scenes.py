@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from t2i_align.catalog import find_root
 from t2i_align.errors import DataError
 from t2i_align.evaluate.compare import compare, table
 from t2i_align.evaluate.run import Protocol, items_of, judge, picture_path, summarise
 from t2i_align.scenes import grammar
 from t2i_align.scenes.detect import detect
-from t2i_align.scenes.pairs import pair_of, verdicts
+from t2i_align.scenes.pairs import PairSettings, pair_of, rows_of, verdicts
 from t2i_align.scenes.render import Scene, Thing, render
 from t2i_align.scenes.score import graded_score
 from tests.tiny import pipeline_folder
@@ -142,6 +146,47 @@ def test_pairs_prefer_the_right_picture_and_keep_ties() -> None:
         pair_of([bad, bad], prompts["colors"][0] | {"include": [{"class": "tv", "count": 1}]}, 0)
         is None
     )
+
+
+def test_renders_stand_over_wrong_pictures_only() -> None:
+    rng = np.random.default_rng(4)
+    prompts = grammar.prompts(held_out=False)
+    item, other = prompts["counting"][0], prompts["position"][0]
+    good, bad = truth(item, rng), truth(other, rng)
+    settings = PairSettings(1, winners="renders")
+    assert rows_of([good, good], item, 0, settings) == []
+    (row,) = rows_of([good, bad, good], item, 0, settings)
+    assert row is not None
+    winner = "0" if row["label_0"] == 1 else "1"
+    loser = "1" if winner == "0" else "0"
+    assert row[f"correct_{winner}"] and not row[f"correct_{loser}"]
+    held = np.asarray(Image.open(io.BytesIO(row[f"jpg_{loser}"])).convert("RGB"), float)
+    assert np.abs(held - np.asarray(bad, float)).mean() < 3  # WebP
+    assert len(rows_of([good, bad, good], item, 0, replace(settings, winners="both"))) == 2
+    every = replace(settings, winners="samples", pairing="all")
+    names = [r["ranking_id"] for r in rows_of([good, bad, bad], item, 7, every) if r]
+    assert len(set(names)) == len(names)
+
+
+BUNDLED = find_root() / "datasets" / "scenes" / "pairs.parquet"
+
+
+def test_bundled_pairs_are_small_honest_and_of_training_prompts() -> None:
+    assert BUNDLED.stat().st_size <= 4e6
+    rows = pq.read_table(BUNDLED).to_pylist()
+    train = {m["prompt"]: m for items in grammar.prompts(held_out=False).values() for m in items}
+    assert {r["caption"] for r in rows} <= set(train)
+    ties = [r for r in rows if r["label_0"] == 0.5]
+    assert 0 < len(ties) < 0.1 * len(rows)
+    assert len({r["ranking_id"] for r in rows}) == len(rows)
+    agreed = []
+    for row in rows[:: len(rows) // 60]:
+        pictures = [Image.open(io.BytesIO(row[f"jpg_{k}"])).convert("RGB") for k in (0, 1)]
+        found = verdicts(pictures, train[row["caption"]])
+        agreed += [found[k][0] == row[f"correct_{k}"] for k in (0, 1)]
+        if row["label_0"] == 1:
+            assert (row["correct_0"], row["score_0"]) >= (row["correct_1"], row["score_1"])
+    assert np.mean(agreed) > 0.95  # WebP may turn a verdict at the edge
 
 
 def test_the_verb_runs_resumes_and_refuses(tmp_path: Path) -> None:

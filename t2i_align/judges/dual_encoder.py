@@ -1,0 +1,169 @@
+"""Dual encoders of open_clip: the score is the agreement of a picture and a prompt.
+
+    (1)  cosine = <f(x), g(c)> / (|f(x)| |g(c)|)        (2)  logit = exp(a) cosine + b
+
+``a`` and ``b`` are the model's own learned scale and bias (b = 0 where it has none). Any open_clip
+folder (config, weights, tokenizer), hub id or built-in name is a judge by its card alone.
+Preprocessing is the model's own; pictures become RGB first, since open_clip converts after the
+resize, which turns palettes and transparency into noise. :meth:`DualEncoder.score_tensor` is the
+same number with gradients: resized as floats instead of bytes, hence equal up to rounding only (the
+card gives the tolerance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from t2i_align.contract import Media
+from t2i_align.errors import ModelError
+from t2i_align.judges.base import Scores, rgb, score_each
+from t2i_align.optional import require
+from t2i_align.options import Options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+
+class DualEncoderOptions(Options):
+    """Which model, how pictures are prepared, what comes out."""
+
+    path: str | None = Field(
+        None, description="open_clip folder, relative to the card's folder; '.' is the folder"
+    )
+    model: str | None = Field(
+        None, description="open_clip name ('ViT-B-32') or hub id ('hf-hub:org/name')"
+    )
+    pretrained: str | None = Field(
+        None, description="tag or file of weights, with an open_clip name"
+    )
+    output: Literal["cosine", "logit"] = Field("cosine", description="Eq. (1) or (2)")
+    prefix: str = Field("", description="text before every prompt")
+    image_size: int | None = Field(None, ge=1, description="side in pixels; null: the model's own")
+    mean: tuple[float, float, float] | None = Field(None, description="null: the model's own")
+    std: tuple[float, float, float] | None = Field(None, description="null: the model's own")
+    batch_size: int = Field(32, ge=1, description="pictures at once")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DualEncoderOptions:
+        if (self.path is None) == (self.model is None):
+            raise ValueError("give exactly one of path and model")
+        if self.pretrained is not None and self.model is None:
+            raise ValueError("pretrained goes with model; a path brings its own weights")
+        return self
+
+
+class DualEncoder:
+    """Cosine or logit of an open_clip model."""
+
+    Options: ClassVar[type[Options]] = DualEncoderOptions
+
+    def __init__(
+        self, folder: Path, options: DualEncoderOptions, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Load nothing yet."""
+        self.folder, self.options, self.device, self.dtype = folder, options, device, dtype
+
+    @property
+    def name(self) -> str:
+        """What open_clip's loader is given."""
+        if self.options.path is not None:
+            return f"local-dir:{(self.folder / self.options.path).resolve()}"
+        return str(self.options.model)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in evaluation mode, frozen.
+
+        Raises:
+            ModelError: open_clip cannot load it.
+        """
+        require("open_clip_torch", "judges", f"the dual encoder {self.name}")
+        import open_clip
+
+        if self.options.path is not None and not (self.folder / self.options.path).is_dir():
+            raise ModelError(f"no open_clip folder at {self.folder / self.options.path}")
+        try:
+            with torch.inference_mode(False):  # weights made in it would refuse gradients later
+                model = open_clip.create_model(
+                    self.name, pretrained=self.options.pretrained, require_pretrained=True
+                ).to(self.device, self.dtype)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"open_clip cannot load {self.name}: {error}",
+                "a folder holds open_clip_config.json, weights and tokenizer; "
+                "a model that is not a folder needs the network once",
+            ) from error
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Texts to token ids ``(B, L)``."""
+        import open_clip
+
+        return open_clip.get_tokenizer(self.name)
+
+    @cached_property
+    def steps(self) -> list[Any]:
+        """open_clip's evaluation transform, step by step."""
+        from open_clip import get_model_preprocess_cfg
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        given = {
+            "size": self.options.image_size,
+            "mean": self.options.mean,
+            "std": self.options.std,
+        }
+        config = get_model_preprocess_cfg(self.model)
+        config |= {k: v for k, v in given.items() if v is not None}
+        transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        return transform.transforms
+
+    def _pixels(self, image: PILImage) -> Tensor:
+        """One picture ``(3, h, w)`` as the model takes it."""
+        value: Any = image
+        for step in self.steps:
+            value = step(value)
+        return value
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        """The same of a float batch: the steps up to the conversion, clamped, then normalised."""
+        *geometry, _mode, _tensor, normalise = self.steps
+        for step in geometry:
+            pixels = step(pixels)
+        return normalise(pixels.clamp(0, 1))
+
+    def _agreement(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer([self.options.prefix + p for p in prompts]).to(self.device)
+        seen = self.model.encode_image(inputs.to(self.device, self.dtype)).float()
+        said = self.model.encode_text(ids).float()
+        cosine = F.cosine_similarity(seen, said, dim=-1)
+        if self.options.output == "cosine":
+            return cosine
+        bias = 0.0 if self.model.logit_bias is None else self.model.logit_bias.float()
+        return self.model.logit_scale.float().exp() * cosine + bias
+
+    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores ``(B,)`` float32, differentiable in the pixels.
+
+        Args:
+            pixels: ``(B, 3, h, w)`` in [0, 1].
+            prompts: B prompts.
+        """
+        return self._agreement(self._resized(pixels.float()), prompts)
+
+    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
+        """One number a picture."""
+
+        @torch.inference_mode()
+        def compute(images: list[PILImage], texts: list[str]) -> Tensor:
+            return self._agreement(torch.stack([self._pixels(i) for i in images]), texts)
+
+        return score_each(media, prompts, lambda m, _: rgb(m), compute, self.options.batch_size)

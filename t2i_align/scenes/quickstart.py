@@ -1,0 +1,243 @@
+"""The quickstart: the bundled base before and after one recipe, with the public verbs only.
+
+Every phase is one command of the command line, printed before it runs, and leaves a file by which a
+later call sees that it is done; so the whole may be stopped and started again, and a finished one
+is only read. What the phases depend on (commands, bundled files, recipe, version) is hashed: a
+folder made with anything else is refused, not mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from t2i_align import __version__
+from t2i_align.errors import DataError, InterruptedRun, UserError
+from t2i_align.evaluate.compare import compare
+
+FORMAT = 1
+MODEL = "bundled/scenes_sdxl"
+JUDGES = ("scenes_clip", "colorfulness", "saturation", "sharpness")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One command.
+
+    Args:
+        name: for tables.
+        command: arguments of ``t2i-align``.
+        product: file that exists once it is done.
+        resumed: arguments added where the command was begun before.
+        begun: file or folder that shows that.
+        silent: whether what it prints is left out (its progress is shown).
+    """
+
+    name: str
+    command: tuple[str, ...]
+    product: Path
+    resumed: tuple[str, ...] = ()
+    begun: Path | None = None
+    silent: bool = False
+
+
+def phases(out: Path, recipe: str, per_task: int, prompt_seed: int) -> list[Phase]:
+    """The commands of a quickstart in order."""
+    run = out / "policy"
+    which = ("--per-task", str(per_task), "--prompt-seed", str(prompt_seed))
+
+    def evaluate(side: str, *more: str) -> Phase:
+        command = ("eval", "scenes", "--model", MODEL, *more, "--out", str(out / side), *which)
+        return Phase(f"evaluate {side}", command, out / side / "summary.json")
+
+    def judge(side: str) -> Phase:
+        file = out / f"scores_{side}.jsonl"
+        named = tuple(x for name in JUDGES for x in ("--judge", name))
+        command = ("score", str(out / side / "images"), *named, "--jsonl", str(file))
+        return Phase(f"judge {side}", command, file, silent=True)
+
+    resumed = ("train.resume_from_checkpoint=latest",)
+    train = Phase(
+        "train",
+        ("train", recipe, f"output_dir={run}"),
+        run / "summary.json",
+        resumed,
+        run / "checkpoints",
+    )
+    after = evaluate("after", "--denoiser", str(run / "unet"))
+    return [evaluate("before"), train, after, judge("before"), judge("after")]
+
+
+def fingerprint(todo: Sequence[Phase], recipe: str) -> str:
+    """SHA-256 of what the result depends on."""
+    from t2i_align.generators.diffusers_folder import fingerprint as of_files
+    from t2i_align.generators.diffusers_folder import local_path
+    from t2i_align.recipe import load_recipe
+
+    model = of_files(local_path(MODEL), ["."])
+    settings = load_recipe(recipe).to_dict()
+    parts = [__version__, model, settings, [p.command for p in todo]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Ledger:
+    """``phases.json``: what the folder was made from, and the seconds of each finished phase."""
+
+    def __init__(self, out: Path, made_from: str) -> None:
+        """Read or begin it.
+
+        Raises:
+            DataError: the folder was made from something else.
+        """
+        self.path = out / "phases.json"
+        self.data: dict[str, Any] = {"format": FORMAT, "made_from": made_from, "seconds": {}}
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text())
+            if self.data["made_from"] != made_from:
+                raise DataError(
+                    f"{out} holds a quickstart of another version, recipe or setting",
+                    "choose another --out (make quickstart OUT=FOLDER)",
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise DataError(f"{out} is not empty and no quickstart", "choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file in one step."""
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.data, indent=1))
+        temporary.rename(self.path)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds of a phase; those of interrupted attempts add up."""
+        self.data["seconds"][name] = round(self.data["seconds"].get(name, 0.0) + seconds, 1)
+        self.write()
+
+
+def perform(phase: Phase, ledger: Ledger, console: Console) -> None:
+    """Run one phase if its product is missing.
+
+    Raises:
+        UserError: its command failed; carries its exit code.
+        InterruptedRun: Ctrl-C.
+    """
+    command = phase.command
+    if phase.product.exists():
+        console.print(f"[dim]done before: {phase.name}[/]")
+        return
+    if phase.begun is not None and phase.begun.exists():
+        command += phase.resumed
+    shown = shlex.join(["t2i-align", *command])
+    console.print(f"\n[bold]$[/] {shown}", highlight=False, soft_wrap=True)
+    start = time.monotonic()
+    try:
+        full = [sys.executable, "-m", "t2i_align", *command]
+        where = subprocess.DEVNULL if phase.silent else None
+        code = subprocess.run(full, check=False, stdout=where).returncode
+    except KeyboardInterrupt:
+        raise InterruptedRun("stopped", "run the same command again to continue") from None
+    finally:
+        ledger.add(phase.name, time.monotonic() - start)
+    if code != 0 or not phase.product.exists():
+        error = UserError(f"`{shown}` failed (exit code {code})", "see its message above")
+        error.exit_code = code or 1
+        raise error
+
+
+def judged(out: Path) -> list[dict[str, Any]]:
+    """Mean of every judge before and after, and the paired difference with its interval."""
+    from t2i_align.evaluate.aggregate import paired_difference
+
+    sides = [
+        [json.loads(x) for x in (out / f"scores_{s}.jsonl").read_text().splitlines()]
+        for s in ("before", "after")
+    ]
+    table = []
+    for name in JUDGES:
+        x, y = ([row[name] for row in rows] for rows in sides)
+        both = [
+            (a, b, r["prompt"])
+            for a, b, r in zip(x, y, sides[0], strict=True)
+            if None not in (a, b)
+        ]
+        before, after, prompts = ([t[k] for t in both] for k in range(3))
+        d = paired_difference(before, after, prompts)
+        table.append(
+            {
+                "judge": name,
+                "before": sum(before) / len(before),
+                "after": sum(after) / len(after),
+                "difference": d.mean,
+                "low": d.low,
+                "high": d.high,
+                "failed": len(x) - len(both),
+            }
+        )
+    return table
+
+
+def summarise(out: Path, ledger: Ledger) -> dict[str, Any]:
+    """``summary.json``: before, after, difference by task and overall, judges, seconds."""
+    result = compare(out / "before", out / "after")
+    lines = {**result["tasks"], "overall": result["overall"]}
+    seconds = dict(ledger.data["seconds"])
+    summary = {
+        "format": FORMAT,
+        "t2i_align": __version__,
+        "made_from": ledger.data["made_from"],
+        "before": {name: r["before"] for name, r in lines.items()},
+        "after": {name: r["after"] for name, r in lines.items()},
+        "difference": {name: r["difference"] for name, r in lines.items()},
+        "graded": result["graded"],
+        "judges": judged(out),
+        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def report(out: Path, summary: dict[str, Any]) -> Path:
+    """The HTML report beside the summary."""
+    from t2i_align.evaluate.report import Section, build_report
+
+    judges = [
+        {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        for row in summary["judges"]
+    ]
+    seconds = [{"phase": k, "seconds": f"{v:.1f}"} for k, v in summary["seconds"].items()]
+    extras = [
+        Section("Other judges", "The same pictures under judges that took no part.", judges),
+        Section("Time", "Wall time of each phase.", seconds),
+    ]
+    target = out / "report.html"
+    return build_report(
+        out / "before",
+        out / "after",
+        target,
+        runs=[out / "policy"],
+        extras=extras,
+        title="Quickstart",
+    )
+
+
+def quickstart(
+    out: Path, recipe: str, per_task: int, prompt_seed: int, console: Console
+) -> tuple[dict[str, Any], Path]:
+    """Run what is missing; the summary and the path of the report."""
+    todo = phases(out, recipe, per_task, prompt_seed)
+    ledger = Ledger(out, fingerprint(todo, recipe))
+    for phase in todo:
+        perform(phase, ledger, console)
+    summary = summarise(out, ledger)
+    return summary, report(out, summary)
