@@ -168,16 +168,18 @@ def test_renders_stand_over_wrong_pictures_only() -> None:
     assert len(set(names)) == len(names)
 
 
-BUNDLED = find_root() / "datasets" / "scenes" / "pairs.parquet"
+FOLDER = find_root() / "datasets" / "scenes"
 
 
-def test_bundled_pairs_are_small_honest_and_of_training_prompts() -> None:
-    assert BUNDLED.stat().st_size <= 4e6
-    rows = pq.read_table(BUNDLED).to_pylist()
+@pytest.mark.parametrize(("name", "renders"), [("pairs", False), ("pairs_renders", True)])
+def test_bundled_pairs_are_small_honest_and_of_training_prompts(name: str, renders: bool) -> None:
+    assert sum(f.stat().st_size for f in FOLDER.glob("*.parquet")) <= 4e6
+    rows = pq.read_table(FOLDER / f"{name}.parquet").to_pylist()
     train = {m["prompt"]: m for items in grammar.prompts(held_out=False).values() for m in items}
     assert {r["caption"] for r in rows} <= set(train)
     ties = [r for r in rows if r["label_0"] == 0.5]
-    assert 0 < len(ties) < 0.1 * len(rows)
+    assert len(ties) < 0.1 * len(rows)
+    assert (len(ties) > 0) is not renders
     assert len({r["ranking_id"] for r in rows}) == len(rows)
     agreed = []
     for row in rows[:: len(rows) // 60]:
@@ -186,6 +188,8 @@ def test_bundled_pairs_are_small_honest_and_of_training_prompts() -> None:
         agreed += [found[k][0] == row[f"correct_{k}"] for k in (0, 1)]
         if row["label_0"] == 1:
             assert (row["correct_0"], row["score_0"]) >= (row["correct_1"], row["score_1"])
+        if renders:
+            assert row["correct_0"] != row["correct_1"]
     assert np.mean(agreed) > 0.95  # WebP may turn a verdict at the edge
 
 
