@@ -24,7 +24,7 @@ from t2i_align.scenes import golden, grammar
 from t2i_align.scenes.parse import parse
 from t2i_align.scenes.render import Scene, Thing, render
 
-OURS = ("colorfulness", "saturation", "scenes_clip", "scenes_exact", "sharpness")
+OURS = ("colorfulness", "saturation", "scenes_clip", "scenes_exact", "scenes_vlm", "sharpness")
 CPU = torch.device("cpu")
 
 
