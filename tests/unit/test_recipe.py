@@ -23,7 +23,8 @@ def test_defaults_and_values(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path))
     assert recipe.train.learning_rate == 1e-5
     assert recipe.model.lora is not None and recipe.model.lora.r == 8
-    assert recipe.objective.model_dump() == {"type": "dpo", "beta": 2000.0, "label_smoothing": 0.0}
+    defaults = {"label_smoothing": 0.0, "sft_weight": 0.0}
+    assert recipe.objective.model_dump() == {"type": "dpo", "beta": 2000.0, **defaults}
     assert recipe.draw.num_draws == 1
     assert recipe.validation is None
     assert recipe.chosen("model").__name__ == "DiffusersGenerator"
