@@ -21,8 +21,9 @@ from t2i_align.recipe import shipped
 
 pytestmark = pytest.mark.slow
 TINY = "model.name_or_path=bundled/scenes_sdxl model.resolution=64 train.max_train_steps=1"
+SAVE = "train.gradient_accumulation_steps=1"
 SMALLER = {
-    "train my_recipe.yaml": f"{TINY} train.gradient_accumulation_steps=1 cache.dir=cache",
+    "train my_recipe.yaml": f"{TINY} train.lr_warmup_steps=0 cache.dir=cache {SAVE}",
     "eval scenes": "--per-task 2",
 }
 
