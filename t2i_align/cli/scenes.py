@@ -52,7 +52,7 @@ def sdxl(
 @scenes.command()
 def sd3(
     out: Out,
-    base: Annotated[Path, typer.Option(help="SDXL folder whose frozen parts it takes.")],
+    base: Annotated[str, typer.Option(help="SDXL folder whose frozen parts it takes.")],
     seed: Seed = 0,
 ) -> None:
     """Write an SD3 folder with a fresh transformer around an SDXL's frozen parts."""

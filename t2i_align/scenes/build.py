@@ -97,14 +97,14 @@ def new_sdxl(vae: Path, text: tuple[Any, Any, Any], folder: Path, seed: int = 0)
     return folder
 
 
-def new_sd3(sdxl: Path, folder: Path, seed: int = 0) -> Path:
+def new_sd3(base: str, folder: Path, seed: int = 0) -> Path:
     """A StableDiffusion3Pipeline folder around the frozen parts of the world's SDXL.
 
     SD3 asks both CLIP towers for a projected vector; the first tower's projection is the identity.
     There is no T5, as in the low-memory use of SD3.
 
     Args:
-        sdxl: pipeline folder whose autoencoder, tokenizer and text encoders are taken.
+        base: SDXL folder (or ``bundled/NAME``) whose autoencoder, tokenizer and encoders are taken.
         folder: where to write.
         seed: of the transformer's initialisation.
     """
@@ -116,6 +116,10 @@ def new_sd3(sdxl: Path, folder: Path, seed: int = 0) -> Path:
     )
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    from t2i_align.generators.diffusers_folder import find_folder
+
+    sdxl = find_folder(base, None, None, download=True)
+    assert sdxl is not None
     torch.manual_seed(seed)
     plain = CLIPTextModel.from_pretrained(sdxl / "text_encoder")
     second = CLIPTextModelWithProjection.from_pretrained(sdxl / "text_encoder_2")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -48,3 +51,24 @@ def test_it_draws_what_is_asked_and_composes_imperfectly() -> None:
         pictures = sample(generator(), part, Protocol())
         right[task] = [verdicts([p], m)[0][0] for p, (m, _) in zip(pictures, part, strict=True)]
     assert np.mean(right["colors"]) > 0.5 > np.mean(right["position"])
+
+
+def test_an_sd3_of_the_world_reads_prompts_as_its_sdxl_does(tmp_path: Path) -> None:
+    """The same towers side by side, both pooled vectors, then zeros for the absent T5."""
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
+
+    from t2i_align.scenes.build import new_sd3
+
+    folder = new_sd3(NAME, tmp_path / "sd3")
+    assert sum(f.stat().st_size for f in (folder / "transformer").rglob("*")) / 2 < 9e6  # float16
+    absent: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
+    sd3: Any = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    sdxl: Any = StableDiffusionXLPipeline.from_pretrained(local_path(NAME), dtype=torch.float32)
+    text = "a photo of a red car"
+    joint, _, pooled, _ = sd3.encode_prompt(text, None, None, max_sequence_length=16)
+    hidden, _, second, _ = sdxl.encode_prompt(text)
+    assert joint.shape == (1, 32, hidden.shape[-1])
+    assert torch.allclose(joint[:, :16], hidden, atol=1e-5) and not joint[:, 16:].any()
+    assert torch.allclose(pooled[:, -second.shape[-1] :], second, atol=1e-5)
+    image = sd3(text, num_inference_steps=1, height=64, width=64, max_sequence_length=16).images[0]
+    assert image.size == (64, 64)
