@@ -1,9 +1,9 @@
-"""The exact judge on a model's own pictures: smudges of its first steps, and a person's verdicts.
+"""The exact judge on a model's own pictures: smudges of its first steps, and labels by eye.
 
 ``pictures``: sheets of 64 px samples. ``early_step_*.png`` come from the first 500 to 1,500
 steps of the base's training, before any glyph is readable. ``by_eye.png`` holds 100 samples of the
-bundled base on held-out prompts; ``by_eye.json`` their prompts' metadata and whether a person, who
-had not seen the judge's verdict, called each picture right.
+bundled base on held-out prompts; ``by_eye.json`` their prompts' metadata and whether each picture is
+right by eye, labelled before the judge's verdicts were seen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_smudges_of_early_checkpoints_are_not_accepted() -> None:
     assert max(accepted.values(), default=0) <= 0.1 * len(parts)
 
 
-def test_judge_agrees_with_a_person() -> None:
+def test_judge_agrees_with_labels_by_eye() -> None:
     rows = json.loads((PICTURES / "by_eye.json").read_text())
     pictures = tiles("by_eye.png")
     assert len(rows) == len(pictures) == 100
