@@ -2,7 +2,7 @@
 
 ``pictures``: sheets of 64 px samples. ``early_step_*.png`` come from the first 500 to 1,500
 steps of the base's training, before any glyph is readable. ``by_eye.png`` holds 100 samples of the
-bundled base on held-out prompts; ``by_eye.json`` their prompts' metadata and whether each picture is
+bundled base on held-out prompts; ``by_eye.json`` their prompts' metadata and whether each is
 right by eye, labelled before the judge's verdicts were seen.
 """
 
