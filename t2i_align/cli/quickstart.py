@@ -22,11 +22,10 @@ def quickstart(
     from rich.console import Console
 
     from t2i_align.cli.show import print_rows
-    from t2i_align.evaluate.compare import compare, table
+    from t2i_align.evaluate.compare import table
     from t2i_align.scenes.quickstart import quickstart as run
 
     console = Console(stderr=True)
     summary, page = run(out, recipe, per_task, prompt_seed, console)
-    rows = table(compare(out / "before", out / "after"))
-    print_rows("GenEval's tasks on held-out prompts, same noise", rows)
+    print_rows("GenEval's tasks on held-out prompts, same noise", table(summary))
     typer.echo(f"{summary['seconds']['total']:.0f} seconds; report: {page}")

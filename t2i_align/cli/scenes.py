@@ -83,8 +83,11 @@ def pairs(
     num: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1000,
     samples: Annotated[int, typer.Option(min=2, help="Pictures of a prompt.")] = 4,
     winners: Annotated[
-        Literal["samples", "renders", "both"],
-        typer.Option(help="Own samples, correct renders over wrong samples, or both."),
+        Literal["samples", "renders", "both", "repairs"],
+        typer.Option(
+            help="Own samples, correct renders over wrong samples, both, or wrong samples put "
+            "right over themselves."
+        ),
     ] = "samples",
     pairing: Annotated[
         Literal["best_worst", "all"], typer.Option(help="Which own samples of a prompt meet.")

@@ -10,7 +10,7 @@ re-encodes nothing. A build that was killed goes on where the last shard ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,9 +170,12 @@ def _pass(
     console: Console | None,
 ) -> None:
     """Stream the source once; the manifest appears only if all went well."""
+    from t2i_align.process.progress import progress
+
     report = build.report
+    shown = console if console is not None and console.is_terminal else None
     try:
-        with _progress(source, console) as advance:
+        with progress(shown, "caching", source.count(), unit="records") as bar:
             for record in source:
                 made = as_layout(record, layout, pairing)
                 if not made and record.layout == "binary":
@@ -180,7 +183,7 @@ def _pass(
                 elif not made:
                     report.ties += 1
                 _add(made, build, writer)
-                advance(source.stats.read)
+                bar.reach(source.stats.read)
             build.drain()
         _finish(report, source, writer.num_rows, layout)
         writer.commit(report)
@@ -291,37 +294,3 @@ def _nothing_usable(report: Report, layout: Layout, dropped: int) -> DataError:
     for name, reason in report.skipped[:5]:
         message += f"\n    {name}: {reason}"
     return DataError(message, parts[0][2] if parts else "is data.path the right file?")
-
-
-@contextmanager
-def _progress(source: Source, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on a terminal; silence elsewhere."""
-    if console is None or not console.is_terminal:
-        yield lambda read: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("caching"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("caching", total=source.count(), rate="")
-
-        def advance(read: int) -> None:
-            seconds = progress.tasks[0].elapsed or 0.0
-            rate = f"{read / seconds:.1f} records/s" if seconds else ""
-            progress.update(task, completed=read, rate=rate)
-
-        yield advance

@@ -96,6 +96,7 @@ def build_report(
     runs: Sequence[Path] = (),
     extras: Sequence[Section] = (),
     title: str = "Alignment report",
+    result: dict[str, Any] | None = None,
 ) -> Path:
     """Write the report of two evaluations; an older file is replaced when the new one is whole.
 
@@ -106,6 +107,7 @@ def build_report(
         runs: output folders of the training runs that led from one to the other.
         extras: further sections, shown after the training runs.
         title: heading of the page.
+        result: what :func:`~t2i_align.evaluate.compare.compare` says of the two; None: ask it.
 
     Returns:
         ``out``.
@@ -115,7 +117,7 @@ def build_report(
             ``runs`` holds no run.
         StorageError: the file cannot be written.
     """
-    result = compare(before, after)
+    result = compare(before, after) if result is None else result
     rows = read_rows(before), read_rows(after)
     facts = facts_of(before), facts_of(after)
     chosen = choose((before, after), *rows)
@@ -126,10 +128,7 @@ def build_report(
         table=Section("", rows=table(result)),
         bars=bars(bar_rows(*rows, result), "bars"),
         tasks=[_task(t, line, chosen.tasks[t], pairs) for t, line in result["tasks"].items()],
-        changed=[
-            _changed(name, result["overall"][count], chosen.changed[name], pairs)
-            for name, count in (("repaired", "win"), ("broken", "lose"))
-        ],
+        changed=_changed(result["overall"], chosen.changed, pairs),
         runs=[read_run(folder, f"run{k}") for k, folder in enumerate(runs)],
         extras=extras,
         sides=Section("", rows=sides_table((before, after), facts)),
@@ -197,10 +196,14 @@ def _task(
 
 
 def _changed(
-    name: str, total: int, numbers: Sequence[int], pairs: Mapping[int, Pair]
-) -> dict[str, Any]:
-    """The grid of one kind of change."""
-    return {"name": name, "total": total, "pairs": [pairs[k] for k in numbers]}
+    overall: Mapping[str, Any], chosen: Mapping[str, Sequence[int]], pairs: Mapping[int, Pair]
+) -> list[dict[str, Any]]:
+    """The grids of both kinds of change."""
+    totals = {"repaired": overall["win"], "broken": overall["lose"]}
+    return [
+        {"name": name, "total": total, "pairs": [pairs[k] for k in chosen[name]]}
+        for name, total in totals.items()
+    ]
 
 
 def read_run(folder: Path, name: str) -> Run:

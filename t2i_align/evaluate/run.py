@@ -18,18 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
+from PIL.Image import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t2i_align import __version__
-from t2i_align.data.media_io import to_image
+from t2i_align.contract import MediaError
+from t2i_align.data.images import open_image
 from t2i_align.errors import DataError
 from t2i_align.evaluate.aggregate import macro_mean
 from t2i_align.evaluate.metrics.geneval import evaluate, summary
 from t2i_align.generators.diffusers_family import DiffusersGenerator
+from t2i_align.process.progress import progress
 from t2i_align.process.seeds import derive
+from t2i_align.rollout.generate import sample_images, save_png
 from t2i_align.scenes.detect import detect
 from t2i_align.scenes.grammar import fixed_prompts
 from t2i_align.scenes.score import graded_score
@@ -93,42 +94,38 @@ def make_pictures(
 
     Fixed chunks of prompts, so a continued run gives the same pictures.
     """
-    columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=len(items))
-        for start in range(0, len(items), batch_size):
-            part = items[start : start + batch_size]
-            files = [picture_path(out, start + k) for k in range(len(part))]
-            if not all(f.exists() for f in files):
-                for (metadata, _), file, image in zip(
-                    part, files, sample(generator, part, protocol), strict=True
-                ):
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    (file.parents[1] / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
-                    image.save(file)
-            bar.update(task, advance=len(part))
+    numbers = range(len(items))
+    chunks = [numbers[k : k + batch_size] for k in numbers[::batch_size]]
+    todo = [c for c in chunks if not all(picture_path(out, k).exists() for k in c)]
+    with progress(console, "pictures", len(items), len(items) - sum(map(len, todo))) as bar:
+        for chunk in todo:
+            part = [items[k] for k in chunk]
+            images = sample(generator, part, protocol)
+            for number, (metadata, _), image in zip(chunk, part, images, strict=True):
+                file = picture_path(out, number)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                (file.parents[1] / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
+                save_png(image, file)
+            bar.advance(len(chunk))
 
 
-def sample(
-    generator: DiffusersGenerator, part: Sequence[Item], protocol: Protocol
-) -> list[Image.Image]:
+def sample(generator: DiffusersGenerator, part: Sequence[Item], protocol: Protocol) -> list[Image]:
     """Pictures of some items."""
-    seeds = torch.tensor([derive(protocol.seed, m["prompt"], k, "evaluate") for m, k in part])
-    with torch.autocast(generator.device.type, torch.bfloat16):
-        inputs = generator.prepare_sampling(
-            [m["prompt"] for m, _ in part],
-            num_steps=protocol.num_inference_steps,
-            guidance=protocol.guidance_scale,
-        )
-        rolled = generator.rollout(inputs, seeds, "policy")
-        return [to_image(m) for m in generator.decode(rolled.sample)]
+    return sample_images(
+        generator,
+        [m["prompt"] for m, _ in part],
+        [derive(protocol.seed, m["prompt"], k, "evaluate") for m, k in part],
+        num_steps=protocol.num_inference_steps,
+        guidance=protocol.guidance_scale,
+        bf16=True,
+    )
 
 
 def judge(items: Sequence[Item], out: Path) -> list[dict[str, Any]]:
     """One result row a picture, also written to ``results.jsonl``.
 
     Raises:
-        DataError: pictures are missing.
+        DataError: pictures are missing or broken.
     """
     missing = sum(not picture_path(out, k).exists() for k in range(len(items)))
     if missing:
@@ -136,7 +133,7 @@ def judge(items: Sequence[Item], out: Path) -> list[dict[str, Any]]:
     rows = []
     for number, (metadata, image_number) in enumerate(items):
         file = picture_path(out, number)
-        parts = detect(Image.open(file).convert("RGB"))
+        parts = detect(read_picture(file))
         verdict = evaluate([p.detection for p in parts], None, metadata)
         rows.append(
             {
@@ -156,6 +153,18 @@ def judge(items: Sequence[Item], out: Path) -> list[dict[str, Any]]:
     temporary.write_text(text)
     temporary.rename(out / "results.jsonl")
     return rows
+
+
+def read_picture(file: Path) -> Image:
+    """A picture in RGB.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        return open_image(file)
+    except MediaError as error:
+        raise DataError(f"{file}: {error}", "delete it and run again") from error
 
 
 def by_task(rows: Sequence[dict[str, Any]], key: str) -> tuple[dict[str, list], dict[str, list]]:

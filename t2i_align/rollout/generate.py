@@ -12,16 +12,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL.Image import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t2i_align.data.media_io import to_image
 from t2i_align.errors import DataError, ModelError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_folder import fingerprint
+from t2i_align.process.progress import progress
 from t2i_align.process.seeds import derive
 
 Job = tuple[Path, str, int]
@@ -78,18 +78,24 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def load_weights(generator: DiffusersGenerator, lora: str | None, denoiser: str | None) -> None:
-    """Load the base denoiser, a fully fine-tuned one instead, or an adapter on top."""
-    generator.load_module(0, reference=False)
+    """Load the base denoiser or a fully fine-tuned one instead of it, and an adapter on top.
+
+    Args:
+        generator: whose options from now on name ``denoiser``.
+        lora: adapter folder, file or hub id.
+        denoiser: folder of a fine-tuned denoiser; the base's own weights are not read then.
+
+    Raises:
+        ModelError: one of them cannot be loaded.
+    """
     if denoiser is not None:
-        net: Any = type(generator.module)
-        try:
-            tuned = net.from_pretrained(Path(denoiser).expanduser())
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"--denoiser: no weights of a {net.__name__} in {denoiser}",
-                "give the unet/ or transformer/ folder of a full fine-tuning run",
-            ) from error
-        generator.module.load_state_dict(tuned.state_dict())
+        other = {"denoiser_name_or_path": denoiser}
+        generator.options = generator.options.model_copy(update=other)
+    try:
+        generator.load_module(0, reference=False)
+    except ModelError as error:  # a recipe's key is an option here
+        said = error.message.replace("model.denoiser_name_or_path", "--denoiser")
+        raise ModelError(said, error.fix) from error
     if lora is not None:
         try:
             generator.load_adapter(lora)
@@ -139,13 +145,11 @@ def generate(
     every = list(jobs(prompts, settings, out))
     claim(out, every, generator, settings)
     todo = [job for job in every if not job[0].exists()]
-    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=len(every), completed=len(every) - len(todo))
+    with progress(console, "generate", len(every), len(every) - len(todo)) as bar:
         for start in range(0, len(todo), settings.batch_size):
             part = todo[start : start + settings.batch_size]
             make(generator, part, settings)
-            bar.update(task, advance=len(part))
+            bar.advance(len(part))
     return len(todo)
 
 
@@ -183,15 +187,49 @@ def claim(
 
 def make(generator: DiffusersGenerator, part: Sequence[Job], settings: Settings) -> None:
     """Sample one batch and save each picture under its final name only when it is whole."""
-    inputs = generator.prepare_sampling(
+    images = sample_images(
+        generator,
         [prompt for _, prompt, _ in part],
+        [seed for _, _, seed in part],
         num_steps=settings.num_inference_steps,
         guidance=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
     )
-    seeds = torch.tensor([seed for _, _, seed in part])
-    media = generator.decode(generator.rollout(inputs, seeds, "policy").sample)
-    for (file, _, _), medium in zip(part, media, strict=True):
-        temporary = file.with_suffix(".tmp")
-        to_image(medium).save(temporary, format="PNG")
-        temporary.rename(file)
+    for (file, _, _), image in zip(part, images, strict=True):
+        save_png(image, file)
+
+
+def save_png(image: Image, file: Path) -> None:
+    """Write a picture that has its name only when it is whole."""
+    temporary = file.with_suffix(".tmp")
+    image.save(temporary, format="PNG")
+    temporary.rename(file)
+
+
+def sample_images(
+    generator: DiffusersGenerator,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance: float,
+    negative_prompt: str | None = None,
+    bf16: bool = False,
+) -> list[Image]:
+    """Pictures of prompts under the policy's weights, in one batch.
+
+    Args:
+        generator: loaded.
+        prompts: one a picture.
+        seeds: of the noise, one a picture.
+        num_steps: sampler steps.
+        guidance: classifier-free guidance, 1 = off.
+        negative_prompt: None for the pipeline's default.
+        bf16: autocast all of it to bfloat16.
+    """
+    with torch.autocast(generator.device.type, torch.bfloat16, enabled=bf16):
+        inputs = generator.prepare_sampling(
+            prompts, num_steps=num_steps, guidance=guidance, negative_prompt=negative_prompt
+        )
+        rolled = generator.rollout(inputs, torch.tensor(seeds), "policy")
+        return [to_image(medium) for medium in generator.decode(rolled.sample)]

@@ -17,17 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
 from t2i_align.errors import InterruptedRun, OutputError
+from t2i_align.process.progress import progress
 from t2i_align.scenes.clip_model import (
     LENGTH,
     MapHeads,
@@ -188,12 +181,10 @@ def gathered(
     """Groups with a progress bar, kept in a file; None when there are none."""
     if not file.exists():
         parts = []
-        with progress(console) as bar:
-            task = bar.add_task(name, total=total, note="")
-            start = time.monotonic()
+        with progress(console, name, total) as bar:
             for pool in pools:
                 parts.append(pool)
-                advance(bar, task, len(pool), start)
+                bar.advance(len(pool))
         if not parts:
             return None
         whole = joined(parts)
@@ -202,26 +193,6 @@ def gathered(
         temporary.rename(file)
     with np.load(file) as data:
         return Pool(*(data[f.name] for f in fields(Pool)))
-
-
-def progress(console: Console) -> Progress:
-    """A bar with count, rate, rest and a note."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
-def advance(bar: Progress, task: TaskID, num: int, start: float, note: str = "") -> None:
-    """Move a bar and show the rate since ``start``."""
-    bar.update(task, advance=num)
-    done = bar.tasks[task].completed
-    rate = done / max(time.monotonic() - start, 1e-6)
-    bar.update(task, note=f"{rate:.1f}/s {note}")
 
 
 def train_clip_judge(
@@ -280,23 +251,20 @@ def run(trainer: Trainer, state: Path, console: Console, minutes: float | None) 
     """Steps up to the plan's last, saved every SAVE_EVERY and when interrupted."""
     losses: list[float] = []
     start = time.monotonic()
-    total = trainer.plan.steps
-    with progress(console) as bar:
-        task = bar.add_task("training", total=total, completed=trainer.step_number, note="")
-        first = trainer.step_number
+    total, saved = trainer.plan.steps, trainer.step_number
+    with progress(console, "training", total, saved) as bar:
         try:
             while trainer.step_number < total:
                 losses.append(trainer.step())
-                elapsed = time.monotonic() - start
-                rate = (trainer.step_number - first) / elapsed
-                note = f"{rate:.2f} steps/s, loss {np.mean(losses[-50:]):.3f}"
-                bar.update(task, completed=trainer.step_number, note=note)
-                if trainer.step_number % SAVE_EVERY == 0:
+                bar.reach(trainer.step_number, f"loss {np.mean(losses[-50:]):.3f}")
+                late = minutes is not None and time.monotonic() - start > 60 * minutes
+                late = late and trainer.step_number < total
+                if late or trainer.step_number % SAVE_EVERY == 0:
                     trainer.save(state)
-                if minutes is not None and elapsed > 60 * minutes and trainer.step_number < total:
-                    trainer.save(state)
-                    raise _stopped(trainer.step_number, total)
+                    saved = trainer.step_number
+                if late:
+                    raise _stopped(saved, total)
         except KeyboardInterrupt as error:  # perhaps inside a step: what was saved last stands
-            raise _stopped(trainer.step_number // SAVE_EVERY * SAVE_EVERY, total) from error
+            raise _stopped(saved, total) from error
     seconds = time.monotonic() - start
     return {"steps": total, "loss": float(np.mean(losses[-50:] or [math.nan])), "seconds": seconds}

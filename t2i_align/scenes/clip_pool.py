@@ -13,7 +13,6 @@ pictures as the judge does: a right one above 1/2, a wrong one below. Only train
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,14 @@ from PIL import Image
 
 from t2i_align.evaluate.metrics.geneval import evaluate
 from t2i_align.scenes.detect import Part, detect
-from t2i_align.scenes.grammar import COLORS, RELATIONS, Metadata, prompts, sample_prompts, scene_for
+from t2i_align.scenes.grammar import (
+    COLORS,
+    RELATIONS,
+    Metadata,
+    flat_prompts,
+    sample_prompts,
+    scene_for,
+)
 from t2i_align.scenes.render import (
     CLASSES,
     GAP,
@@ -82,7 +88,7 @@ def joined(pools: Sequence[Pool]) -> Pool:
 @cache
 def vocabulary() -> list[Metadata]:
     """Every training prompt, in a fixed order."""
-    return [m for items in prompts(held_out=False).values() for m in items]
+    return flat_prompts(held_out=False)
 
 
 @cache
@@ -295,11 +301,15 @@ def sample_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def sample_pools(rows: Sequence[dict[str, Any]], seed: int) -> Iterator[Pool]:
-    """One group a row, judged anew."""
-    by_text = {m["prompt"]: m for m in vocabulary()}
+    """One group a row, judged anew.
+
+    Raises:
+        DataError: a picture is broken.
+    """
+    from t2i_align.scenes.pairs import decoded
+    from t2i_align.scenes.parse import parse
+
     for number, row in enumerate(rows):
         rng = np.random.default_rng([seed, number, 8])
-        pair = [
-            np.asarray(Image.open(io.BytesIO(row[k])).convert("RGB")) for k in ("jpg_0", "jpg_1")
-        ]
-        yield group(by_text[row["caption"]], pair, rng)
+        pair = [decoded(row, key) for key in ("jpg_0", "jpg_1")]
+        yield group(parse(row["caption"]), pair, rng)

@@ -9,7 +9,7 @@ so GenEval's own evaluator judges it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,11 @@ def prompts(*, held_out: bool) -> dict[str, list[Metadata]]:
     return {task: sides[task] for task in TASKS}
 
 
+def flat_prompts(*, held_out: bool) -> list[Metadata]:
+    """All prompts of one side in a list, in a fixed order."""
+    return [m for items in prompts(held_out=held_out).values() for m in items]
+
+
 def sample_prompts(
     num: int, seed: int, *, held_out: bool, weights: dict[str, float] | None = None
 ) -> list[Metadata]:
@@ -177,14 +182,23 @@ def arrange(
     metadata: Metadata, kinds: list[tuple[str, str]], rng: np.random.Generator
 ) -> tuple[Thing, ...] | None:
     """Places for the things of a prompt, its relation clearly fulfilled."""
+    sizes = RELATED if metadata["tag"] == "position" else SIZES[len(kinds)]
+    things = place(kinds, rng, sizes)
+    return things if things is not None and is_related(metadata, things) else None
+
+
+def is_related(metadata: Metadata, things: Sequence[Thing]) -> bool:
+    """Whether the relation of a prompt, if it has one, is clearly fulfilled.
+
+    Args:
+        metadata: of the prompt.
+        things: in the order of its clauses.
+    """
     if metadata["tag"] != "position":
-        return place(kinds, rng, SIZES[len(kinds)])
-    things = place(kinds, rng, RELATED)
-    if things is None:
-        return None
+        return True
     relation = metadata["include"][1]["position"][0]
     (tx, ty), (sx, sy) = things[0].center, things[1].center
     dx, dy = sx - tx, sy - ty
     wanted = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     other = abs(dy) if relation in ("left of", "right of") else abs(dx)
-    return things if wanted > max(14, 1.3 * other) else None
+    return wanted > max(14, 1.3 * other)

@@ -3,32 +3,36 @@
 For each prompt K samples are drawn and judged. The best against the worst by (verdict, graded
 score) makes a pair; where they agree in the verdict and differ by at most ``TIE`` in graded score,
 the pair is kept as a tie (label 0.5), so that consumers have to handle ties. With renders as
-winners, a correct render stands against the best and the worst sample, where they are wrong.
-Columns are Pick-a-Pic's; pictures are WebP, of which 64 px take some 600 bytes.
+winners, a correct render stands against the best and the worst sample, where they are wrong; with
+repairs as winners, every wrong sample stands against itself put right (``repair.py``). Columns are
+Pick-a-Pic's; pictures are WebP, of which 64 px take some 600 bytes.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
-from t2i_align.data.media_io import to_image
+from t2i_align.contract import MediaError
+from t2i_align.data.images import open_image
+from t2i_align.errors import DataError
 from t2i_align.evaluate.metrics.geneval import evaluate
 from t2i_align.generators.diffusers_family import DiffusersGenerator
+from t2i_align.process.progress import progress
 from t2i_align.process.seeds import derive
+from t2i_align.rollout.generate import sample_images
 from t2i_align.scenes.detect import detect
 from t2i_align.scenes.grammar import Metadata, sample_prompts, scene_for
 from t2i_align.scenes.render import render
+from t2i_align.scenes.repair import repaired
 from t2i_align.scenes.score import graded_score
 
 TIE = 0.08
@@ -39,6 +43,25 @@ def encoded(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=90, method=6)
     return stream.getvalue()
+
+
+def decoded(row: Mapping[str, Any], key: str) -> np.ndarray:
+    """A picture ``(h, w, 3)`` uint8 of a row of a pair file.
+
+    Args:
+        row: with ``caption`` and ``key``.
+        key: ``jpg_0`` or ``jpg_1``.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        return np.asarray(open_image(row[key] or b""))
+    except MediaError as error:
+        raise DataError(
+            f"{key} of the pair '{row['caption']}': {error}",
+            "build the file again with `t2i-align scenes pairs`",
+        ) from error
 
 
 def verdicts(images: Sequence[Image.Image], metadata: Metadata) -> list[tuple[bool, float]]:
@@ -103,17 +126,33 @@ def render_pairs(
     return rows
 
 
+def repair_pairs(
+    images: Sequence[Image.Image], metadata: Metadata, number: int, seed: int
+) -> list[dict[str, Any] | None]:
+    """Every wrong picture put right, over itself."""
+    rows = []
+    for k, (image, (correct, _)) in enumerate(zip(images, verdicts(images, metadata), strict=True)):
+        truth = None
+        if not correct:
+            truth = repaired(image, metadata, np.random.default_rng([seed, number, k, 3]))
+        if truth is not None:
+            rows.append(pair_of([truth, image], metadata, 1000 * number + 700 + k))
+    return rows
+
+
 def rows_of(
     images: Sequence[Image.Image], metadata: Metadata, number: int, settings: PairSettings
 ) -> list[dict[str, Any] | None]:
     """Every row of one prompt's pictures."""
     rows: list[dict[str, Any] | None] = []
-    if settings.winners != "renders" and settings.pairing == "all":
+    if settings.winners in ("samples", "both") and settings.pairing == "all":
         rows += every_pair(images, metadata, number)
-    elif settings.winners != "renders":
+    elif settings.winners in ("samples", "both"):
         rows.append(pair_of(images, metadata, 1000 * number))
-    if settings.winners != "samples":
+    if settings.winners in ("renders", "both"):
         rows += render_pairs(images, metadata, number, settings.seed)
+    if settings.winners == "repairs":
+        rows += repair_pairs(images, metadata, number, settings.seed)
     return rows
 
 
@@ -124,7 +163,8 @@ class PairSettings:
     Args:
         num_prompts: prompts drawn, tasks evenly.
         samples: pictures of each prompt.
-        winners: own samples, renders over wrong samples, or both kinds of pairs.
+        winners: own samples, renders over wrong samples, both kinds of pairs, or wrong samples put
+            right over themselves.
         pairing: of a prompt's own samples; ``all`` leaves ties out.
         held_out: prompts of the held-out side: for measuring judges, never for training.
         seed: of prompts and noise.
@@ -134,7 +174,7 @@ class PairSettings:
 
     num_prompts: int
     samples: int = 4
-    winners: Literal["samples", "renders", "both"] = "samples"
+    winners: Literal["samples", "renders", "both", "repairs"] = "samples"
     pairing: Literal["best_worst", "all"] = "best_worst"
     held_out: bool = False
     seed: int = 0
@@ -148,12 +188,10 @@ def draw_samples(
     """``samples`` pictures of each prompt; ``start`` numbers the first of all pictures."""
     part = [m for m in items for _ in range(settings.samples)]
     seeds = [derive(settings.seed, m["prompt"], start + i, "pairs") for i, m in enumerate(part)]
-    with torch.autocast(generator.device.type, torch.bfloat16):
-        inputs = generator.prepare_sampling(
-            [m["prompt"] for m in part], num_steps=20, guidance=settings.guidance
-        )
-        rolled = generator.rollout(inputs, torch.tensor(seeds), "policy")
-        pictures = [to_image(m) for m in generator.decode(rolled.sample)]
+    texts = [m["prompt"] for m in part]
+    pictures = sample_images(
+        generator, texts, seeds, num_steps=20, guidance=settings.guidance, bf16=True
+    )
     return [pictures[i : i + settings.samples] for i in range(0, len(part), settings.samples)]
 
 
@@ -170,11 +208,13 @@ def build_pairs(
 
     items = sample_prompts(settings.num_prompts, settings.seed, held_out=settings.held_out)
     rows: list[dict[str, Any] | None] = []
-    for start in track(range(0, len(items), settings.batch), "pairs", console=console):
-        part = items[start : start + settings.batch]
-        drawn = draw_samples(generator, part, start * settings.samples, settings)
-        for number, (metadata, images) in enumerate(zip(part, drawn, strict=True), start):
-            rows += rows_of(images, metadata, number, settings)
+    with progress(console, "prompts", len(items)) as bar:
+        for start in range(0, len(items), settings.batch):
+            part = items[start : start + settings.batch]
+            drawn = draw_samples(generator, part, start * settings.samples, settings)
+            for number, (metadata, images) in enumerate(zip(part, drawn, strict=True), start):
+                rows += rows_of(images, metadata, number, settings)
+            bar.advance(len(part))
     kept = [r for r in rows if r is not None]
     pq.write_table(pa.Table.from_pylist(kept), path, compression="none")
     right = np.mean([r[k] for r in kept for k in ("correct_0", "correct_1")])

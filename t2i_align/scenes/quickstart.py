@@ -2,8 +2,9 @@
 
 Every phase is one command of the command line, printed before it runs, and leaves a file by which a
 later call sees that it is done; so the whole may be stopped and started again, and a finished one
-is only read. What the phases depend on (commands, bundled files, recipe, version) is hashed: a
-folder made with anything else is refused, not mixed.
+is only read. What the phases depend on (commands, recipe, version, and the files of the base, of
+the recipe's data and of the judges) is hashed: a folder made with anything else is refused, not
+mixed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from t2i_align import __version__
+from t2i_align.catalog import find_root
 from t2i_align.errors import DataError, InterruptedRun, UserError
 from t2i_align.evaluate.compare import compare
+
+if TYPE_CHECKING:
+    from t2i_align.data.options import RecordOptions
 
 FORMAT = 1
 MODEL = "bundled/scenes_sdxl"
@@ -79,15 +84,53 @@ def phases(out: Path, recipe: str, per_task: int, prompt_seed: int) -> list[Phas
 
 
 def fingerprint(todo: Sequence[Phase], recipe: str) -> str:
-    """SHA-256 of what the result depends on."""
-    from t2i_align.generators.diffusers_folder import fingerprint as of_files
+    """SHA-256 of what the result depends on.
+
+    Commands, recipe and version; names and contents of the files of the base model, of the recipe's
+    data and of the judges that have weights. Data of a hub count by their revision in the recipe.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        DataError: there is nothing at its ``data.path``.
+    """
+    from t2i_align.generators.diffusers_folder import fingerprint as of_folder
     from t2i_align.generators.diffusers_folder import local_path
     from t2i_align.recipe import load_recipe
 
-    model = of_files(local_path(MODEL), ["."])
-    settings = load_recipe(recipe).to_dict()
-    parts = [__version__, model, settings, [p.command for p in todo]]
+    read = load_recipe(recipe)
+    judges = find_root() / "reward_models"
+    weights = [name for name in JUDGES if any((judges / name).glob("*.safetensors"))]
+    parts = [
+        __version__,
+        read.to_dict(),
+        [p.command for p in todo],
+        of_folder(local_path(MODEL), ["."]),
+        of_folder(judges, weights),
+        data_sha256(read.data),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def data_sha256(data: RecordOptions) -> dict[str, str]:
+    """SHA-256 of the contents of each data file by its name, found as the data loader finds it.
+
+    Args:
+        data: the recipe's ``data`` section.
+    """
+    from t2i_align.data.folder import FolderOptions
+    from t2i_align.data.options import FileOptions
+    from t2i_align.data.rows import find_files
+    from t2i_align.generators.diffusers_folder import fingerprint as of_folder
+
+    if isinstance(data, FolderOptions):
+        return {"folder": of_folder(Path(data.path).expanduser(), ["."])}
+    if not isinstance(data, FileOptions) or data.path is None:
+        return {}
+    found = {}
+    for file in find_files(data):
+        with file.path.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 class Ledger:
@@ -105,7 +148,8 @@ class Ledger:
             self.data = json.loads(self.path.read_text())
             if self.data["made_from"] != made_from:
                 raise DataError(
-                    f"{out} holds a quickstart of another version, recipe or setting",
+                    f"{out} holds a quickstart of another version, recipe or setting, or of other "
+                    "bundled files",
                     "choose another --out (make quickstart OUT=FOLDER)",
                 )
         elif out.exists() and any(out.iterdir()):
@@ -188,7 +232,10 @@ def judged(out: Path) -> list[dict[str, Any]]:
 
 
 def summarise(out: Path, ledger: Ledger) -> dict[str, Any]:
-    """``summary.json``: before, after, difference by task and overall, judges, seconds."""
+    """``summary.json``: before, after, difference by task and overall, judges, seconds.
+
+    All of :func:`~t2i_align.evaluate.compare.compare` is in it, so that nothing compares again.
+    """
     result = compare(out / "before", out / "after")
     lines = {**result["tasks"], "overall": result["overall"]}
     seconds = dict(ledger.data["seconds"])
@@ -199,7 +246,7 @@ def summarise(out: Path, ledger: Ledger) -> dict[str, Any]:
         "before": {name: r["before"] for name, r in lines.items()},
         "after": {name: r["after"] for name, r in lines.items()},
         "difference": {name: r["difference"] for name, r in lines.items()},
-        "graded": result["graded"],
+        **result,
         "judges": judged(out),
         "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
     }
@@ -228,6 +275,7 @@ def report(out: Path, summary: dict[str, Any]) -> Path:
         runs=[out / "policy"],
         extras=extras,
         title="Quickstart",
+        result=summary,
     )
 
 

@@ -9,17 +9,20 @@ resolved who is what colour leaves the denoiser only the drawing. Only training 
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i_align.scenes.grammar import COLORS, NUMBERS, RELATIONS, TASKS, Metadata, prompts
+from t2i_align.scenes.grammar import COLORS, NUMBERS, RELATIONS, TASKS, Metadata, flat_prompts
 from t2i_align.scenes.render import CLASSES
 
+Merge = tuple[str, str]
+END = "</w>"  # marks a piece that ends a word
 LENGTH = 16
 DIM = 96
 FACTS = {"cls": len(CLASSES), "color": len(COLORS) + 1, "count": 4, "part": 2 * len(RELATIONS) + 1}
@@ -31,32 +34,47 @@ def words() -> list[str]:
     return [*small, *COLORS, *CLASSES, *(f"{c}s" for c in CLASSES)]
 
 
+def split(word: str, merges: Sequence[Merge]) -> list[str]:
+    """A word in the pieces that byte-pair merges leave, the earliest merge first."""
+    pieces = [*word[:-1], f"{word[-1]}{END}"]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    while True:
+        pairs = list(pairwise(pieces))
+        best = min(pairs, key=lambda pair: rank.get(pair, len(rank)), default=None)
+        if best not in rank:
+            return pieces
+        i = pairs.index(best)
+        pieces[i : i + 2] = ["".join(best)]
+
+
+def merges_of(vocabulary: Sequence[str]) -> list[Merge]:
+    """Merges that make one token of each word.
+
+    What earlier merges leave of a word is joined from the left by new, later ones. Those cannot
+    spoil an earlier word: while it has pieces an earlier merge fits them, and goes first.
+    """
+    merges: list[Merge] = []
+    for word in vocabulary:
+        pieces = split(word, merges)
+        heads = accumulate(pieces)
+        merges += [(head, piece) for head, piece in zip(heads, pieces[1:], strict=False)]
+    return merges
+
+
 def tokenizer() -> Any:
-    """A stock CLIPTokenizer in which each word is one token; other text falls back to letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """A stock CLIPTokenizer in which each word is one token; other text falls back to letters.
+
+    Ids are fixed: two special tokens, letters, letters that end a word, merges of the sorted words.
+    """
     from transformers import CLIPTokenizer
 
+    merges = merges_of(sorted(words()))
     special = ["<|startoftext|>", "<|endoftext|>"]
-    model = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        special_tokens=special,
-        end_of_word_suffix="</w>",
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz"),
-        show_progress=False,
-    )
-    model.train_from_iterator([" ".join(words())] * 50, trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        vocab, merges = model.model.save(folder)
-        pairs = [tuple(x.split()) for x in Path(merges).read_text().splitlines()[1:] if x]
-        import json
-
-        build: Any = CLIPTokenizer
-        made = build(
-            vocab=json.loads(Path(vocab).read_text()), merges=pairs, model_max_length=LENGTH
-        )
-    return made
+    letters = [f"{letter}{end}" for end in ("", END) for letter in ascii_lowercase]
+    tokens = dict.fromkeys([*special, *letters, *("".join(pair) for pair in merges)])
+    build: Any = CLIPTokenizer
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return build(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
 def encoder_config(vocab: int, bos: int, eos: int) -> Any:
@@ -158,11 +176,6 @@ def train_encoders(
         every = torch.arange(len(sides[1]))
         right = [read(t, p, packs[1], every)[1] for t, p in zip(towers, probes, strict=True)]
     return tok, towers[0].eval(), towers[1].eval(), float((right[0] & right[1]).float().mean())
-
-
-def flat_prompts(*, held_out: bool) -> list[Metadata]:
-    """All prompts of one side in a list."""
-    return [m for items in prompts(held_out=held_out).values() for m in items]
 
 
 def pack(tok: Any, items: list[Metadata], nouns: Tensor) -> dict[str, Any]:

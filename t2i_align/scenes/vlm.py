@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from t2i_align.errors import StorageError, UserError
+from t2i_align.errors import InterruptedRun, StorageError, UserError
+from t2i_align.process.progress import progress
 from t2i_align.scenes.grammar import COLORS
 from t2i_align.scenes.questions import Question
 from t2i_align.scenes.render import CLASSES
@@ -107,9 +108,12 @@ class PatchHeads(nn.Module):
 class Trainer:
     """Model, heads and optimiser of a run; one method a phase's step."""
 
-    def __init__(self, plan: Plan, pictures: Pictures, num_samples: int) -> None:
-        """Fresh weights; the last ``num_samples`` pictures are model samples."""
+    def __init__(
+        self, plan: Plan, pictures: Pictures, num_samples: int, samples: Path | None = None
+    ) -> None:
+        """Fresh weights; the last ``num_samples`` pictures are model samples, of ``samples``."""
         self.plan, self.pictures, self.num_samples = plan, pictures, num_samples
+        self.samples = None if samples is None else [samples.name, samples.stat().st_size]
         self.model, self.heads = new_model(plan.seed), PatchHeads()
         self.tokenizer = tokenizer()
         self.assistant = self.tokenizer.convert_tokens_to_ids("<assistant>")
@@ -201,6 +205,7 @@ class Trainer:
         """Write the state of a run, whole or not at all."""
         state = {
             "plan": asdict(self.plan),
+            "samples": self.samples,
             "step": step,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
@@ -213,15 +218,16 @@ class Trainer:
         """Read a saved state; the step to go on with, 0 where there is none.
 
         Raises:
-            StorageError: the state belongs to another plan.
+            StorageError: the state belongs to another plan or other samples.
         """
         if not (folder / STATE).is_file():
             return 0
         state = torch.load(folder / STATE, weights_only=True)
-        if state["plan"] != asdict(self.plan):
+        plan, samples = state["plan"], state.get("samples")
+        if (plan, samples) != (asdict(self.plan), self.samples):
             raise StorageError(
-                f"{folder / STATE} belongs to another run: {state['plan']}",
-                f"go on with the same settings, or delete {folder / STATE}",
+                f"{folder / STATE} belongs to another run: {plan}, samples {samples}",
+                f"go on with the same settings and samples, or delete {folder / STATE}",
             )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
@@ -240,33 +246,13 @@ def bundled_vae() -> Any:
 
 def gather(plan: Plan, samples: Path | None, console: Console) -> tuple[Pictures, int]:
     """Pictures of a run, and how many of them, the last ones, are model samples."""
-    num_samples = 0 if samples is None else plan.max_samples
-    with bar(console) as progress:
-        task = progress.add_task("pictures", total=plan.pictures, note="")
-        tick = lambda n: progress.advance(task, n)  # noqa: E731
-        drawn = draw_pictures(plan.pictures, plan.seed, bundled_vae(), tick)
-        if samples is None:
-            return drawn, 0
-        task = progress.add_task("samples", total=None, note="")
-        own = read_samples(samples, num_samples, tick)
+    with progress(console, "pictures", plan.pictures) as bar:
+        drawn = draw_pictures(plan.pictures, plan.seed, bundled_vae(), bar.advance)
+    if samples is None:
+        return drawn, 0
+    with progress(console, "samples", None) as bar:
+        own = read_samples(samples, plan.max_samples, bar.advance)
     return joined([drawn, own]), len(own)
-
-
-def bar(console: Console) -> Any:
-    """Progress with rate and time left."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    note = TextColumn("{task.fields[note]}")
-    ends = TimeElapsedColumn(), TimeRemainingColumn()
-    head = TextColumn("{task.description}")
-    return Progress(head, BarColumn(), MofNCompleteColumn(), *ends, note, console=console)
 
 
 def train_vlm(
@@ -293,10 +279,11 @@ def train_vlm(
     Raises:
         StorageError: ``out`` holds the state of another run.
         DataError: ``samples`` cannot be used.
+        InterruptedRun: Ctrl-C; the state saved last stands.
     """
     plan = plan or Plan(steps, seed)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(plan, *gather(plan, samples, console))
+    trainer = Trainer(plan, *gather(plan, samples, console), samples)
     first = trainer.resume(out)
     if first:
         console.print(f"going on after step {first} of {plan.steps}")
@@ -310,24 +297,32 @@ def train_vlm(
 
 
 def run(trainer: Trainer, first: int, out: Path, console: Console, stop_after: float | None) -> int:
-    """Steps from ``first`` on; how many were made. A line every 100 steps."""
-    start, sums = time.monotonic(), []
-    with bar(console) as progress:
-        task = progress.add_task("vlm", total=trainer.plan.steps, completed=first, note="")
-        for step in range(first, trainer.plan.steps):
-            sums.append(trainer.step(step))
-            seconds = time.monotonic() - start
-            rate = (step + 1 - first) / seconds
-            progress.update(task, advance=1, note=f"{rate:.2f} steps/s")
-            if (step + 1) % REPORT == 0:
-                console.print(f"step {step + 1}  {means(sums)}  {rate:.2f} steps/s")
-                sums = []
-            if (step + 1) % EXAMINE == 0:
-                trainer.save(out, step + 1)
-            if stop_after is not None and seconds > stop_after:
-                trainer.save(out, step + 1)
-                return step + 1 - first
-    return trainer.plan.steps - first
+    """Steps from ``first`` on; how many were made. A line every 100 steps.
+
+    Raises:
+        InterruptedRun: Ctrl-C.
+    """
+    start, sums, saved, total = time.monotonic(), [], first, trainer.plan.steps
+    with progress(console, "vlm", total, first) as bar:
+        try:
+            for step in range(first, total):
+                sums.append(trainer.step(step))
+                bar.advance()
+                seconds = time.monotonic() - start
+                if (step + 1) % REPORT == 0:
+                    rate = (step + 1 - first) / seconds
+                    console.print(f"step {step + 1}  {means(sums)}  {rate:.2f} steps/s")
+                    sums = []
+                late = stop_after is not None and seconds > stop_after
+                if late or (step + 1) % EXAMINE == 0:
+                    trainer.save(out, step + 1)
+                    saved = step + 1
+                if late:
+                    return step + 1 - first
+        except KeyboardInterrupt as error:  # perhaps inside a step: what was saved last stands
+            told = f"stopped; step {saved} of {total} is saved"
+            raise InterruptedRun(told, "the same command goes on") from error
+    return total - first
 
 
 def means(rows: list[dict[str, float]]) -> str:

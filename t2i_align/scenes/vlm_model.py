@@ -146,3 +146,5 @@ def save_folder(model: Any, out: Path) -> None:
     """Weights in float16 and the processor, as stock transformers reads them."""
     model.eval().half().save_pretrained(out)
     processor().save_pretrained(out)
+    for file in out.glob("*.safetensors"):  # written for their owner alone
+        file.chmod(0o644)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from t2i_align.errors import DataError
 from t2i_align.scenes.detect import detect
-from t2i_align.scenes.grammar import COLORS, RELATED, held_color, prompts
+from t2i_align.scenes.grammar import COLORS, RELATED, flat_prompts, held_color
 from t2i_align.scenes.questions import (
     Seen,
     pick,
@@ -289,9 +289,11 @@ def read_samples(path: Path, limit: int, tick: Callable[[int], None]) -> Picture
         tick: told how many more pictures are done.
 
     Raises:
-        DataError: columns are missing, or nothing usable is left.
+        DataError: columns are missing, a picture is broken, or nothing usable is left.
     """
     import pyarrow.parquet as pq
+
+    from t2i_align.scenes.pairs import decoded
 
     file = pq.ParquetFile(path)
     missing = {"caption", "jpg_0", "jpg_1", "correct_0", "correct_1"} - set(file.schema_arrow.names)
@@ -300,12 +302,12 @@ def read_samples(path: Path, limit: int, tick: Callable[[int], None]) -> Picture
             f"{path} has no column {', '.join(sorted(missing))}",
             "build it with `t2i-align scenes pairs`",
         )
-    known = {m["prompt"] for items in prompts(held_out=False).values() for m in items}
+    known = {m["prompt"] for m in flat_prompts(held_out=False)}
     rows = [r for batch in file.iter_batches(batch_size=256) for r in batch.to_pylist()]
     found = []
     for row in rows[: (limit + 1) // 2]:
         for k in (0, 1) if row["caption"] in known else ():
-            image = np.asarray(Image.open(io.BytesIO(row[f"jpg_{k}"])).convert("RGB"))
+            image = decoded(row, f"jpg_{k}")
             seen, grid = look(image)
             if training_side(seen):
                 found.append((image, seen, grid, (row["caption"], bool(row[f"correct_{k}"]))))

@@ -14,15 +14,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
+
+from t2i_align.process.progress import Line, progress
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 
@@ -93,8 +87,7 @@ class RunLog:
         self._plain_at = 0.0
         self.first_step = step
         self._start = (time.perf_counter(), step)
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._bar: Line | None = None
         if active:
             path = folder / "metrics.jsonl"
             self._drop_after(path, step)
@@ -120,17 +113,7 @@ class RunLog:
         if not self.active or not self.console.is_terminal:
             yield
             return
-        self._bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        with self._bar:
-            self._task = self._bar.add_task("", total=self.total, completed=self._start[1], note="")
+        with progress(self.console, "train", self.total, self.first_step) as self._bar:
             yield
         self._bar = None
 
@@ -158,7 +141,7 @@ class RunLog:
         parts = [f"{label} {values[k]:.4g}" for k, label in shown.items() if k in values]
         note = "  ".join([*parts, f"{rate * records_per_step:.2f} records/s"])
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, note=note)
+            self._bar.reach(step, note)
         elif elapsed - self._plain_at >= PLAIN_SECONDS or step in (self._start[1] + 1, self.total):
             self._plain_at = elapsed
             left = (self.total - step) / max(rate, 1e-9)

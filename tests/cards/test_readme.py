@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import click
 import pytest
@@ -15,6 +14,7 @@ import typer
 
 from t2i_align.cli import VERBS, build_app
 from t2i_align.readme import README, with_tables
+from t2i_align.scenes.grammar import TASKS
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -39,12 +39,12 @@ def test_links_and_the_tree_name_what_exists() -> None:
     assert tree is not None
     folder = ""
     for line in tree[1].splitlines():
-        names = re.findall(r"[\w.]+/|[\w.]+\.py", line.split("  ")[0] + line[:20])
-        if not line.startswith(" "):
-            folder = names[0]
-            assert (README.parent / folder).is_dir(), folder
-        for name in names[:1] if line.startswith(" ") else []:
-            assert (README.parent / folder / name).exists(), folder + name
+        first, *others = re.findall(r"[\w.]+/|[\w.]+\.py", line)
+        folder = folder if line.startswith(" ") else first
+        inside = README.parent / folder / (first if line.startswith(" ") else "")
+        assert inside.exists(), line
+        for name in others:  # beside the first, or in it
+            assert (inside.parent / name).exists() or (inside / name).exists(), line
     verbs = re.search(r"one file a verb: ([\w ]+)", tree[1])
     assert verbs is not None and set(verbs[1].split()) == set(VERBS)
 
@@ -66,7 +66,20 @@ def test_make_targets_exist() -> None:
             assert f"\n{target}:" in makefile, target
 
 
-def test_no_two_numbers_without_their_command() -> None:
-    """The table of the quickstart stands below the command that makes it."""
-    assert TEXT.index("make quickstart") < TEXT.index("overall")
-    assert Path(README.parent / "t2i_align/docs/img/before_after.png").is_file()
+def test_the_table_of_the_quickstart_adds_up() -> None:
+    """A paired difference of shares is (wins - losses) / pictures; overall is the tasks' mean."""
+    block = re.search(r"^task +before.*?\n(.*?)^overall(.*?)\n", TEXT, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    number = r"([+-]?\d\.\d{3})"
+    form = re.compile(rf"{number} +{number} +{number} +\[{number}, {number}\] +(\d+)/(\d+)/(\d+)")
+    lines = [form.search(line) for line in (*block[1].splitlines(), block[2])]
+    rows = [[float(x) for x in line.groups()] for line in lines if line is not None]
+    assert len(rows) == len(lines) == len(TASKS) + 1
+    assert [line.split()[0] for line in block[1].splitlines()] == list(TASKS)
+    for before, after, difference, low, high, win, tie, lose in rows:
+        assert difference == pytest.approx((win - lose) / (win + tie + lose), abs=6e-4)
+        assert difference == pytest.approx(after - before, abs=1.1e-3) and low <= difference <= high
+    *tasks, overall = rows
+    for k in (0, 1):
+        assert overall[k] == pytest.approx(sum(r[k] for r in tasks) / len(tasks), abs=1.1e-3)
+    assert [sum(r[k] for r in tasks) for k in (5, 6, 7)] == overall[5:]

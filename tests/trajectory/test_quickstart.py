@@ -5,17 +5,23 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from t2i_align.catalog import find_root
+from t2i_align.data import rows as data_rows
 from t2i_align.errors import DataError
+from t2i_align.evaluate.compare import compare
 from t2i_align.recipe import shipped
+from t2i_align.scenes import quickstart as module
 from t2i_align.scenes.grammar import TASKS
-from t2i_align.scenes.quickstart import quickstart
+from t2i_align.scenes.quickstart import JUDGES, fingerprint, phases, quickstart
 
-pytestmark = pytest.mark.slow
 SETTINGS = {"per_task": 3, "prompt_seed": 5}
 
 
@@ -31,6 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_quickstart_finishes_repeats_and_refuses(tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "quick"
     summary, page = quickstart(out, recipe, **SETTINGS, console=Console(file=io.StringIO()))
@@ -41,6 +48,7 @@ def test_quickstart_finishes_repeats_and_refuses(tmp_path: Path, recipe: str) ->
         assert d["low"] <= d["mean"] <= d["high"]
         assert d["mean"] == pytest.approx(summary["after"][name] - summary["before"][name])
     assert json.loads((out / "summary.json").read_text()) == summary
+    assert compare(out / "before", out / "after").items() <= summary.items()
     assert page.read_text().lower().startswith("<!doctype html>")
     assert set(summary["seconds"]) == {
         "evaluate before",
@@ -60,3 +68,29 @@ def test_quickstart_finishes_repeats_and_refuses(tmp_path: Path, recipe: str) ->
 
     with pytest.raises(DataError, match="another version, recipe or setting"):
         quickstart(out, recipe, per_task=4, prompt_seed=5, console=Console(file=io.StringIO()))
+
+
+def test_its_fingerprint_covers_the_recipes_data_and_the_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another row of the pairs or another weight of a judge is another quickstart."""
+    for name in JUDGES:
+        shutil.copytree(find_root() / "reward_models" / name, tmp_path / "reward_models" / name)
+    data = tmp_path / "datasets" / "scenes" / "pairs_renders.parquet"
+    data.parent.mkdir(parents=True)
+    row = {"caption": "a cat", "jpg_0": b"0", "jpg_1": b"1", "label_0": 1.0, "label_1": 0.0}
+    for module_of_root in (module, data_rows):
+        monkeypatch.setattr(module_of_root, "find_root", lambda: tmp_path)
+
+    def found(caption: str = "a cat") -> str:
+        pq.write_table(pa.Table.from_pylist([row | {"caption": caption}]), data)
+        todo = phases(tmp_path / "out", "scenes_dpo", **SETTINGS)
+        return fingerprint(todo, "scenes_dpo")
+
+    first = found()
+    assert found() == first and found("a dog") != first and found() == first
+    weights = tmp_path / "reward_models" / "scenes_clip" / "open_clip_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert found() != first

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from t2i_align.errors import InterruptedRun, OutputError
 from t2i_align.scenes import clip_pool, grammar
-from t2i_align.scenes.clip_judge import ClipPlan, train_clip_judge
+from t2i_align.scenes.clip_judge import ClipPlan, Trainer, train_clip_judge
 from t2i_align.scenes.clip_model import LENGTH, SPECIAL, WEIGHTS, ranking, word_tokenizer
 from t2i_align.scenes.detect import detect
 from t2i_align.scenes.pairs import encoded
@@ -124,12 +124,22 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / WEIGHTS)
 
 
-def test_a_continued_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def interrupted(trainer: Trainer) -> float:
+    raise KeyboardInterrupt
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped after every step and continued: the same weights, bit for bit; no work is left."""
     train_clip_judge(tmp_path / "a", PLAN, console=QUIET, workers=1)
     for step in (1, 2):
         with pytest.raises(InterruptedRun, match=f"step {step} of 3 is saved"):
             train_clip_judge(tmp_path / "b", PLAN, console=QUIET, workers=1, minutes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        with pytest.raises(InterruptedRun, match="step 2 of 3 is saved"):
+            train_clip_judge(tmp_path / "b", PLAN, console=QUIET, workers=1)
     with pytest.raises(OutputError, match=r"holds an unfinished run of another plan(?s:.*)repeat"):
         train_clip_judge(tmp_path / "b", ClipPlan(renders=7), console=QUIET, workers=1)
     result = train_clip_judge(tmp_path / "b", PLAN, console=QUIET, workers=1, minutes=0)

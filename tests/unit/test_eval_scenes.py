@@ -20,7 +20,7 @@ from t2i_align.evaluate.compare import compare, table
 from t2i_align.evaluate.run import Protocol, items_of, judge, picture_path, summarise
 from t2i_align.scenes import grammar
 from t2i_align.scenes.detect import detect
-from t2i_align.scenes.pairs import PairSettings, pair_of, rows_of, verdicts
+from t2i_align.scenes.pairs import PairSettings, decoded, encoded, pair_of, rows_of, verdicts
 from t2i_align.scenes.render import Scene, Thing, render
 from t2i_align.scenes.score import graded_score
 from tests.tiny import pipeline_folder
@@ -89,6 +89,12 @@ def test_unlike_runs_are_not_compared(folders: tuple[Path, Path], tmp_path: Path
 
 def test_missing_pictures_are_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="72 of 72 pictures are missing"):
+        judge(items_of(PROTOCOL), tmp_path)
+    for source in folders[0].rglob("*.png"):
+        file = tmp_path / source.relative_to(folders[0])
+        file.parent.mkdir(parents=True)
+        file.write_bytes(source.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"(?s)0000\.png: cannot decode.*delete it and run again"):
         judge(items_of(PROTOCOL), tmp_path)
 
 
@@ -166,6 +172,33 @@ def test_renders_stand_over_wrong_pictures_only() -> None:
     every = replace(settings, winners="samples", pairing="all")
     names = [r["ranking_id"] for r in rows_of([good, bad, bad], item, 7, every) if r]
     assert len(set(names)) == len(names)
+
+
+def test_both_kinds_of_pairs_are_the_one_and_the_other() -> None:
+    rng = np.random.default_rng(5)
+    items = [side[1] for side in grammar.prompts(held_out=False).values()]
+    seen = 0
+    for number, item in enumerate(items):  # renders of other prompts stand for wrong samples
+        images = [truth(m, rng) for m in (item, *items[:3])]
+        for pairing in ("best_worst", "all"):
+            settings = PairSettings(1, winners="both", pairing=pairing, seed=number)
+            kinds = [replace(settings, winners=kind) for kind in ("samples", "renders")]
+            own, renders = (rows_of(images, item, number, kind) for kind in kinds)
+            assert rows_of(images, item, number, settings) == own + renders
+            seen += bool(own and renders)
+    assert seen > 6
+
+
+def test_pictures_survive_the_pair_file_and_broken_ones_are_named() -> None:
+    item = grammar.prompts(held_out=False)["colors"][0]
+    image = truth(item, np.random.default_rng(6))
+    row = {"caption": "a photo of a red car", "jpg_0": encoded(image), "jpg_1": None}
+    found = decoded(row, "jpg_0")
+    assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(row["jpg_0"])).convert("RGB")))
+    assert verdicts([Image.fromarray(found)], item)[0][0] == verdicts([image], item)[0][0]
+    for data, why in ((None, "empty file"), (b"text", "not an image"), (row["jpg_0"][:90], "")):
+        with pytest.raises(DataError, match=rf"jpg_1 of the pair 'a photo of a red car': {why}"):
+            decoded(row | {"jpg_1": data}, "jpg_1")
 
 
 FOLDER = find_root() / "datasets" / "scenes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,21 @@ def test_adapter_and_full_weights_change_the_picture(folder: Path, tmp_path: Pat
         load_weights(generator(folder), str(tmp_path / "nothing"), None)
     with pytest.raises(ModelError, match="--denoiser: no weights of a UNet2DConditionModel"):
         load_weights(generator(folder), None, str(tmp_path))
+
+
+def test_other_weights_are_read_instead_of_the_bases(folder: Path, tmp_path: Path) -> None:
+    base = generator(folder)
+    with torch.no_grad():
+        for parameter in base.module.parameters():
+            parameter.add_(0.25)
+    base.export(str(tmp_path))
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    for file in (bare / "unet").glob("*.safetensors"):
+        file.unlink()
+    made = DiffusersGenerator(DiffusersOptions(name_or_path=str(bare), resolution=64))
+    load_weights(made, None, str(tmp_path / "unet"))
+    found = made.module.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in base.module.state_dict().items())
 
 
 def test_prompt_files(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from t2i_align.evaluate.metrics.geneval import evaluate, read_clauses
 from t2i_align.scenes import grammar
+from t2i_align.scenes import text as language
 from t2i_align.scenes.detect import detect, detections
 from t2i_align.scenes.render import CLASSES, GAP, PALETTE, SIDE, extent, render
 from tests.scenes_controls import CONTROLS, canvas
@@ -82,6 +85,28 @@ def test_prompts_have_genevals_grammar_and_metadata() -> None:
         if task == "position":  # the target is clause 0 and is said last
             assert [c.cls for c in include] == ["car", "bed"]
             assert include[1].position == ("left of", 0)
+
+
+def test_every_word_is_one_token_with_the_same_number_in_every_process() -> None:
+    tokenizer = language.tokenizer()
+    vocab = tokenizer.get_vocab()
+    tokens = sorted(vocab, key=lambda token: vocab[token])
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert tokens[:4] == ["<|startoftext|>", "<|endoftext|>", "a", "b"]
+    assert tokens[27:30] == ["z", "a</w>", "b</w>"]
+    pinned = "bc9398588dc4ea1d72b0cd2e36870291d1d1ae041c6a2b0f614919507ea2dcbb"
+    assert hashlib.sha256(json.dumps(tokens).encode()).hexdigest() == pinned
+    assert [tokenizer.tokenize(w) for w in language.words()] == [
+        [f"{w}</w>"] for w in language.words()
+    ]
+    assert tokenizer.tokenize("A quiz") == ["a</w>", "q", "u", "i", "z</w>"]
+    merges = language.merges_of(sorted(language.words()))
+    for word in (*language.words(), "quiz", "carbed", "yellowish"):  # by the slow way
+        assert language.split(word, merges) == tokenizer.tokenize(word)
+    for item in grammar.flat_prompts(held_out=True)[::40]:
+        ids = tokenizer(item["prompt"]).input_ids
+        assert len(ids) == len(item["prompt"].split()) + 2 <= language.LENGTH
+        assert tokenizer.decode(ids[1:-1]).strip() == item["prompt"]
 
 
 def test_fixed_prompts_are_stable_and_balanced() -> None:

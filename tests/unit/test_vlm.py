@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from t2i_align.contract import Media
-from t2i_align.errors import DataError, ModelError, StorageError
+from t2i_align.errors import DataError, InterruptedRun, ModelError, StorageError
 from t2i_align.judges.vqa_score import TEMPLATE, VQAScore, VQAScoreOptions
 from t2i_align.scenes import vlm, vlm_model, vlm_pictures, vlm_report
 from t2i_align.scenes.grammar import COLORS, prompts, scene_for
@@ -83,6 +83,7 @@ def test_stock_auto_classes_load_a_small_folder(folder: Path) -> None:
     assert type(processor).__name__ == "LlavaProcessor"
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 6e6
     assert not list(folder.rglob("*.py")) and not list(folder.rglob("*.bin"))
+    assert {f.stat().st_mode & 0o044 for f in folder.iterdir()} == {0o044}  # anyone may read it
     assert {p.dtype for p in AutoModelForImageTextToText.from_pretrained(folder).parameters()} == {
         torch.float16
     }
@@ -256,9 +257,41 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     resumed = steps(second, range(3, 4))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    samples = write_samples(tmp_path / "pairs.parquet", ["a photo of a blue tv"])
+    with pytest.raises(StorageError, match=r"(?s)another run: .*, samples None\n.* and samples"):
+        vlm.Trainer(PLAN, drawn, 0, samples).resume(tmp_path)
+    first.samples = [samples.name, samples.stat().st_size]
+    first.save(tmp_path, 3)
+    assert vlm.Trainer(PLAN, drawn, 0, samples).resume(tmp_path) == 3
+    write_samples(samples, ["a photo of a blue tv", "a photo of a red tv"])
+    with pytest.raises(StorageError, match=r"another run: .*, samples \['pairs\.parquet', \d+\]"):
+        vlm.Trainer(PLAN, drawn, 0, samples).resume(tmp_path)
     other = vlm.Trainer(replace(PLAN, seed=1), drawn, 0)
     with pytest.raises(StorageError, match=r"belongs to another run: \{'steps': 4, 'seed': 0"):
         other.resume(tmp_path)
+
+
+def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(
+    tmp_path: Path, drawn: vlm_pictures.Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped inside the third step, the state of the second stands."""
+    step = vlm.Trainer.step
+
+    def interrupted(self: vlm.Trainer, number: int) -> dict[str, float]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    trainer = vlm.Trainer(PLAN, drawn, 0)
+    assert vlm.run(trainer, 0, tmp_path, quiet(), 0.0) == 1
+    monkeypatch.setattr(vlm, "EXAMINE", 2)
+    monkeypatch.setattr(vlm.Trainer, "step", interrupted)
+    told = r"stopped; step 2 of 4 is saved\n  fix: the same command goes on"
+    with pytest.raises(InterruptedRun, match=told):
+        vlm.run(trainer, 1, tmp_path, quiet(), None)
+    assert vlm.Trainer(PLAN, drawn, 0).resume(tmp_path) == 2
+    with pytest.raises(InterruptedRun, match="step 2 of 4"):
+        vlm.run(trainer, 2, tmp_path, quiet(), None)
 
 
 def test_training_writes_a_folder_that_loads_and_leaves_no_state(
