@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,hub,judges,quant
+EXTRAS := dev,hub,judges,ocr,quant,serve
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: quickstart test test-slow test-big lint fmt wheel

@@ -255,7 +255,14 @@ def _data_readable(recipe: Recipe) -> Found:
 def _data_layout(recipe: Recipe) -> Found:
     """The data says what the objective needs: single labelled items are no pairs."""
     layout, source = recipe.chosen("objective").layout, recipe.data.model_dump()["type"]
-    if layout in ("pairs", "groups") and source in SINGLE_ITEM_SOURCES:
+    rule = None if recipe.data.label_by is None else recipe.data.label_by.rule
+    if layout in ("pairs", "groups") and rule == "binary":
+        yield Problem(
+            "data.label_by.rule",
+            f"got 'binary', which gives single labelled items, not {layout}",
+            fix="choose best_worst, all, pareto or ranked, or an objective on items",
+        )
+    elif layout in ("pairs", "groups") and rule is None and source in SINGLE_ITEM_SOURCES:
         yield Problem(
             "data.type",
             f"got '{source}', whose records are single labelled items, not {layout}",

@@ -24,6 +24,8 @@ VERBS: dict[str, str] = {
     "train": "t2i_align.cli.train:train",
     "generate": "t2i_align.cli.generate:generate",
     "score": "t2i_align.cli.score:score",
+    "label": "t2i_align.cli.label:label",
+    "judges": "t2i_align.cli.judges:judges",
     "eval": "t2i_align.cli.eval:evaluate",
     "compare": "t2i_align.cli.compare:compare",
     "report": "t2i_align.cli.html_report:report",

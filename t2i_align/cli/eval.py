@@ -21,6 +21,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=1, help="1 turns guidance off.")] = 3.0,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Text tokens of T5; left out: the pipeline's default.")
+    ] = None,
     training_prompts: Annotated[
         bool, typer.Option(help="Training prompts instead of held-out ones.")
     ] = False,
@@ -46,7 +49,11 @@ def evaluate(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     )
-    options = DiffusersOptions(name_or_path=model, resolution=protocol.resolution)
+    options = DiffusersOptions(
+        name_or_path=model,
+        resolution=protocol.resolution,
+        max_sequence_length=max_sequence_length,
+    )
     generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
     load_weights(generator, lora, denoiser)
     facts = {
@@ -55,6 +62,8 @@ def evaluate(
         "denoiser": denoiser,
         "weights_sha256": weights_sha256(generator, lora, denoiser),
     }
+    if max_sequence_length is not None:
+        facts["max_sequence_length"] = str(max_sequence_length)
     result = run(generator, protocol, facts, out, Console(stderr=True))
     rows = [(task, f"{mean:.3f}") for task, mean in result["tasks"].items()]
     overall = result["overall"]

@@ -25,6 +25,9 @@ def generate(
     resolution: Annotated[int, typer.Option(min=16, help="Side in pixels.")] = 512,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 30,
     guidance_scale: Annotated[float, typer.Option(min=1, help="1 turns guidance off.")] = 5.0,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Text tokens of T5; left out: the pipeline's default.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
@@ -50,7 +53,11 @@ def generate(
     if not texts:
         raise UserError("generate needs prompts", "give --prompt TEXT or --prompts FILE")
     options = DiffusersOptions(
-        name_or_path=model, revision=revision, resolution=resolution, dtype=dtype
+        name_or_path=model,
+        revision=revision,
+        resolution=resolution,
+        dtype=dtype,
+        max_sequence_length=max_sequence_length,
     )
     generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
     sampling.load_weights(generator, lora, denoiser)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from t2i_align.data.label_rules import LabelByOptions
 from t2i_align.options import Options
 from t2i_align.registry import nearest
 
@@ -41,6 +42,11 @@ class RecordOptions(Options):
         False,
         description="control run: every record's label is drawn by a coin, so what is gained was "
         "not learned from preferences",
+    )
+    label_by: LabelByOptions | None = Field(
+        None,
+        description="labels of judges instead of the source's own; the source's samples are scored "
+        "before training, once for each version of judges, weights and data",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,

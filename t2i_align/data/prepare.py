@@ -170,7 +170,7 @@ def _pass(
     console: Console | None,
 ) -> None:
     """Stream the source once; the manifest appears only if all went well."""
-    from t2i_align.process.progress import progress
+    from t2i_align.progress import progress
 
     report = build.report
     shown = console if console is not None and console.is_terminal else None

@@ -161,9 +161,9 @@ def eval_command(folder: Path, fact: Facts) -> list[str]:
     """Words of the ``eval`` command of a folder."""
     protocol = fact["protocol"]
     words = ["eval", str(protocol["benchmark"]), "--model", str(fact["model"])]
-    for name in ("lora", "denoiser"):
+    for name in ("lora", "denoiser", "max_sequence_length"):
         if fact.get(name):
-            words += [f"--{name}", str(fact[name])]
+            words += [f"--{name.replace('_', '-')}", str(fact[name])]
     for name in ("per_task", "prompt_seed", "seed", "num_inference_steps", "guidance_scale"):
         words += [f"--{name.replace('_', '-')}", str(protocol[name])]
     if not protocol["held_out"]:

@@ -28,8 +28,8 @@ from t2i_align.errors import DataError
 from t2i_align.evaluate.aggregate import macro_mean
 from t2i_align.evaluate.metrics.geneval import evaluate, summary
 from t2i_align.generators.diffusers_family import DiffusersGenerator
-from t2i_align.process.progress import progress
 from t2i_align.process.seeds import derive
+from t2i_align.progress import progress
 from t2i_align.rollout.generate import sample_images, save_png
 from t2i_align.scenes.detect import detect
 from t2i_align.scenes.grammar import fixed_prompts

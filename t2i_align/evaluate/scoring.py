@@ -1,232 +1,107 @@
-"""Scoring files on disk: find pictures and their prompts, ask judges, add up.
+"""Asking judges about a stream of pictures, and what is said of the answers.
 
-Where a prompt comes from, first match wins:
+    pictures (score_source.py) -> batches -> every judge -> parts on disk (score_store.py)
 
-    --prompt TEXT            one for all
-    --prompts FILE           one line a picture, in the order of the pictures
-    a table                  parquet, jsonl or json with an image and a prompt column
-    <folder>/metadata.jsonl  lines with ``file_name`` and ``prompt`` or ``text``
-    GenEval's layout         <folder>/metadata.jsonl with ``prompt``, pictures in <folder>/samples
-    a sidecar                a.txt beside a.png
+Memory is that of one batch, plus eight bytes a number where means are taken. A picture that cannot
+be scored has no number and a reason; it is counted and never averaged as 0.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from t2i_align.contract import Media, MediaError
-from t2i_align.errors import DataError, UserError
+from t2i_align.errors import InterruptedRun, UserError
+from t2i_align.evaluate.score_source import Entry
+from t2i_align.evaluate.score_store import (
+    Identity,
+    JudgeFacts,
+    ScoredRow,
+    ScoreStore,
+    write_csv,
+    write_jsonl,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-TABLES = (".parquet", ".jsonl", ".json")
-IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "jpg", "png")
-PROMPT_COLUMNS = ("prompt", "text", "caption")
-DTYPES = ("float32", "bfloat16", "float16")
+    from t2i_align.judges.base import Judge, Normalize
+
+__all__ = ["write_csv", "write_jsonl", "write_parquet"]
 BATCH = 64
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One picture.
+@runtime_checkable
+class HasWeights(Protocol):
+    """A judge that says what it loaded."""
 
-    Args:
-        name: file, or ``table:row``.
-        media: the picture, not read yet where it is a file.
-        prompt: None where none is known.
-        problem: why there is no usable picture, None otherwise.
-    """
-
-    name: str
-    media: Media
-    prompt: str | None
-    problem: str | None = None
-
-
-def collect(
-    paths: Sequence[Path], prompt: str | None = None, prompts: Path | None = None
-) -> list[Entry]:
-    """Every picture below some paths, with its prompt.
-
-    Raises:
-        DataError: a path is missing or holds no picture, prompts and pictures differ in number, or
-            a picture has no prompt.
-        UserError: both ``prompt`` and ``prompts`` are given.
-    """
-    if prompt is not None and prompts is not None:
-        raise UserError("--prompt and --prompts were both given", "give one of them")
-    entries = [entry for path in paths for entry in _below(path)]
-    if prompts is not None:
-        entries = _numbered(entries, prompts)
-    if prompt is not None:
-        entries = [replace(e, prompt=prompt) for e in entries]
-    unknown = [e.name for e in entries if e.prompt is None]
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise DataError(
-            f"no prompt is known for {', '.join(unknown[:3])}{more}",
-            "give --prompt TEXT for all, --prompts FILE with a line each, a.txt beside a.png, or "
-            'a metadata.jsonl with {"file_name": ..., "prompt": ...}',
-        )
-    return entries
-
-
-def _numbered(entries: list[Entry], file: Path) -> list[Entry]:
-    """One line of a file for each entry."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"cannot read the prompts of {file}: {error}") from error
-    if len(lines) != len(entries):
-        raise DataError(
-            f"{file} has {len(lines)} lines and there are {len(entries)} pictures",
-            "write one prompt a line, in the order pictures are listed (sorted by path)",
-        )
-    return [replace(e, prompt=line) for e, line in zip(entries, lines, strict=True)]
-
-
-def _below(path: Path) -> list[Entry]:
-    """Pictures of one path.
-
-    Raises:
-        DataError: nothing usable there.
-    """
-    if not path.exists():
-        raise DataError(f"nothing at {path}", "check the path")
-    if path.is_dir():
-        found = _folder(path)
-    elif path.suffix.lower() in TABLES:
-        found = list(_table(path))
-    elif path.suffix.lower() in PICTURES:
-        found = [_picture(path)]
-    else:
-        raise DataError(
-            f"{path}: neither a picture nor a table",
-            f"pictures: {', '.join(PICTURES)}; tables: {', '.join(TABLES)}",
-        )
-    if not found:
-        raise DataError(f"no pictures in {path}", f"looked for {', '.join(PICTURES)}")
-    return found
-
-
-def _folder(folder: Path) -> list[Entry]:
-    """Pictures below a folder; those a metadata.jsonl names are taken from it, in its order."""
-    named: dict[Path, Entry] = {}
-    for file in sorted(folder.rglob("metadata.jsonl")):
-        if not (file.parent / "samples").is_dir():
-            named |= {Path(str(e.media.data)): e for e in _table(file)}
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    return [*named.values(), *(_picture(p) for p in files if p not in named)]
-
-
-def _picture(path: Path) -> Entry:
-    """One file with the prompt of GenEval's layout or of its sidecar."""
-    metadata, sidecar = path.parents[1] / "metadata.jsonl", path.with_suffix(".txt")
-    prompt = None
-    if path.parent.name == "samples" and metadata.is_file():
-        try:
-            prompt = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])["prompt"]
-        except (ValueError, KeyError, IndexError) as error:
-            raise DataError(
-                f"{metadata}: its first line has no prompt ({error})",
-                'GenEval writes {"prompt": ..., "tag": ..., "include": [...]}',
-            ) from error
-    elif sidecar.is_file():
-        prompt = sidecar.read_text(encoding="utf-8").strip()
-    return Entry(str(path), Media("image", path), prompt)
-
-
-def _table(path: Path) -> Iterator[Entry]:
-    """Rows of a table.
-
-    Raises:
-        DataError: unreadable, or no image column; names the columns.
-    """
-    from t2i_align.data.media import cell_media
-    from t2i_align.data.options import FileOptions
-    from t2i_align.data.rows import Rows
-
-    rows = Rows(
-        FileOptions.model_validate({"path": str(path)}), (), PROMPT_COLUMNS, (IMAGE_COLUMNS,)
-    )
-    for number, row in enumerate(rows):
-        name = f"{path}:{number}"
-        prompt = next((row.cells[c] for c in PROMPT_COLUMNS if row.cells.get(c)), None)
-        cell = next((row.cells[c] for c in IMAGE_COLUMNS if row.cells.get(c) is not None), None)
-        try:
-            media = cell_media("image", cell, row.folder)
-            name = str(media.data) if isinstance(media.data, Path) else name
-            yield Entry(name, media, prompt)
-        except MediaError as error:
-            yield Entry(name, Media("image", b""), prompt, str(error))
+    weights_sha256: str | None
 
 
 @dataclass(frozen=True)
-class Column:
-    """What one judge said.
+class Member:
+    """A loaded judge.
 
     Args:
-        judge: its name.
-        values: a number an entry, None where it failed.
-        reasons: why it failed, None elsewhere.
+        facts: what its numbers come from.
+        judge: built.
+        scale: puts its numbers on the common scale, None to leave them.
     """
 
-    judge: str
-    values: list[float | None]
-    reasons: list[str | None]
+    facts: JudgeFacts
+    judge: Judge
+    scale: Normalize | None
 
     @property
-    def mean(self) -> float | None:
-        """Mean of what could be scored; None when nothing could."""
-        known = [v for v in self.values if v is not None]
-        return math.fsum(known) / len(known) if known else None
-
-    @property
-    def failed(self) -> int:
-        """How many have no number."""
-        return sum(v is None for v in self.values)
+    def name(self) -> str:
+        """Of its card."""
+        return self.facts.name
 
 
-def ask(
-    name: str,
-    entries: Sequence[Entry],
+def panel(
+    names: Sequence[str],
     *,
-    device: str,
-    dtype: str,
-    normalized: bool,
-    advance: Callable[[int], None],
-) -> Column:
-    """One judge on all entries.
+    device: str | None = None,
+    dtype: str = "float32",
+    normalized: bool = False,
+) -> list[Member]:
+    """Judges by name, each once and loaded.
 
     Raises:
         UserError: unknown judge, or nothing to normalise with.
+        ModelError: its weights are missing.
     """
     import torch
 
     from t2i_align.judges.base import judge_card, load, normalizer
 
-    scale = normalizer(judge_card(name)) if normalized else None
-    judge = load(name, device, getattr(torch, dtype))
-    column = Column(name, [], [])
-    for start in range(0, len(entries), BATCH):
-        part = entries[start : start + BATCH]
-        found = judge.score([e.media for e in part], [e.prompt or "" for e in part])
-        values = found.values if scale is None else scale(found.values)
-        for entry, value, reason in zip(part, values.tolist(), found.reasons, strict=True):
-            why = entry.problem or reason
-            column.values.append(None if why else value)
-            column.reasons.append(why)
-        advance(len(part))
-    return column
+    cards = [judge_card(name) for name in dict.fromkeys(names)]  # a typo is told before any work
+    scales = [normalizer(card) if normalized else None for card in cards]
+    where = device_of(device)
+    members = []
+    for card, scale in zip(cards, scales, strict=True):
+        judge = load(card.name, where, getattr(torch, dtype))
+        options = card.details.get("options", {})
+        facts = JudgeFacts(card.name, card.version, weights_of(judge, card.name), options)
+        members.append(Member(facts, judge, scale))
+    return members
+
+
+def weights_of(judge: Judge, name: str) -> str | None:
+    """SHA-256 of a judge's weights: as the judge says, else of those beside its card."""
+    from t2i_align.catalog import find_root
+    from t2i_align.judges.weight_files import combined, sha256_of
+
+    if isinstance(judge, HasWeights):
+        return judge.weights_sha256
+    files = sorted((find_root() / "reward_models" / name).glob("*.safetensors"))
+    return combined([sha256_of(file) for file in files]) if files else None
 
 
 def device_of(name: str | None) -> str:
@@ -247,99 +122,149 @@ def device_of(name: str | None) -> str:
     return name
 
 
-def score_entries(
-    entries: Sequence[Entry],
-    judges: Sequence[str],
-    console: Console,
+def identify(
+    source: Mapping[str, Any],
+    members: Sequence[Member],
     *,
     device: str | None = None,
     dtype: str = "float32",
-    normalized: bool = False,
-) -> list[Column]:
-    """Every judge on every entry, with count, rate and rest on the console."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Rest
+) -> Identity:
+    """All that the numbers of a call depend on.
 
-    from t2i_align.judges.base import judge_card
+    Args:
+        source: fingerprint of the pictures.
+        members: the judges.
+        device: as given to :func:`panel`.
+        dtype: likewise.
+    """
+    settings = {
+        "device": device_of(device).partition(":")[0],
+        "dtype": dtype,
+        "batch": BATCH,
+        "normalized": any(m.scale is not None for m in members),
+    }
+    return Identity(source, tuple(m.facts for m in members), settings)
 
-    for name in judges:  # a wrong name is reported before any work
-        judge_card(name)
-    where = device_of(device)
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rest())
+
+def judged(members: Sequence[Member], entries: Sequence[Entry]) -> list[ScoredRow]:
+    """What every judge says of a batch."""
+    media, prompts = [e.media for e in entries], [e.prompt or "" for e in entries]
     columns = []
-    with Progress(*bars, TextColumn("{task.fields[rate]}"), console=console) as progress:
-        for name in judges:
-            task = progress.add_task(name, total=len(entries), rate="")
-            start = time.monotonic()
-
-            def advance(num: int, task: Any = task, start: float = start) -> None:
-                progress.advance(task, num)
-                done = progress.tasks[task].completed
-                rate = f"{done / max(time.monotonic() - start, 1e-6):.1f}/s"
-                progress.update(task, rate=rate)
-
-            columns.append(
-                ask(
-                    name,
-                    entries,
-                    device=where,
-                    dtype=dtype,
-                    normalized=normalized,
-                    advance=advance,
-                )
-            )
-    return columns
-
-
-def table(entries: Sequence[Entry], columns: Sequence[Column]) -> list[dict[str, Any]]:
-    """A row an entry: file, prompt, a number a judge, reasons of what has none."""
+    for member in members:
+        found = member.judge.score(media, prompts)
+        values = found.values if member.scale is None else member.scale(found.values)
+        columns.append(list(zip(values.tolist(), found.reasons, strict=True)))
     rows = []
     for i, entry in enumerate(entries):
-        whys = {c.judge: why for c in columns if (why := c.reasons[i]) is not None}
-        rows.append(
-            {"file": entry.name, "prompt": entry.prompt}
-            | {c.judge: c.values[i] for c in columns}
-            | {"reason": _reason(whys, len(columns))}
-        )
+        reasons = [entry.problem or column[i][1] for column in columns]
+        values = [None if why else c[i][0] for why, c in zip(reasons, columns, strict=True)]
+        rows.append(ScoredRow(entry.name, entry.prompt, values, reasons, entry.group, entry.stamp))
     return rows
 
 
-def _reason(whys: dict[str, str], num_judges: int) -> str:
-    """Reasons in a line; once where all judges give the same."""
-    if len(set(whys.values())) == 1 and (len(whys) == num_judges or num_judges == 1):
-        return next(iter(whys.values()))
-    return "; ".join(f"{name}: {why}" for name, why in whys.items())
+def score_into(
+    store: ScoreStore,
+    entries: Iterable[Entry],
+    members: Sequence[Member],
+    *,
+    total: int | None = None,
+    console: Console | None = None,
+    what: str = "scoring",
+) -> None:
+    """Score what a store does not hold yet.
+
+    Args:
+        store: rows go there; those it has are passed over.
+        entries: all pictures, in the order of the store.
+        members: the judges of the store's columns.
+        total: how many there are, for the bar.
+        console: None shows nothing.
+        what: the bar's name.
+
+    Raises:
+        InterruptedRun: Ctrl-C; what was scored is kept.
+    """
+    from t2i_align.progress import progress
+
+    done = len(store)  # a multiple of BATCH or all: numbers do not depend on where a call stopped
+    rest = itertools.islice(entries, done, None)
+    try:
+        with progress(console, what, total, done=done) as bar:
+            while part := list(itertools.islice(rest, BATCH)):
+                store.add(judged(members, part))
+                bar.advance(len(part))
+    except KeyboardInterrupt:
+        raise InterruptedRun(
+            f"stopped after {len(store)} pictures", "run the same command again to continue"
+        ) from None
+    finally:
+        store.flush()
 
 
-def totals(columns: Sequence[Column]) -> dict[str, dict[str, Any]]:
-    """Mean, scored and failed of each judge."""
-    return {
-        c.judge: {"mean": c.mean, "scored": len(c.values) - c.failed, "failed": c.failed}
-        for c in columns
-    }
+@contextmanager
+def working_store(identity: Identity, outputs: Sequence[Path]) -> Iterator[ScoreStore]:
+    """The parts of a call: beside its first output, so that a later call finds them, or temporary.
+
+    They are deleted when the block ends well.
+
+    Args:
+        identity: of the rows.
+        outputs: files the call will write.
+    """
+    import tempfile
+
+    if not outputs:
+        with tempfile.TemporaryDirectory() as folder:
+            yield ScoreStore(Path(folder) / "parts", identity)
+        return
+    folder = outputs[0].parent / f".{outputs[0].name}.parts-{identity.digest()}"
+    store = ScoreStore(folder, identity)
+    yield store
+    store.remove()
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with a header; what failed is an empty cell."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def write(store: ScoreStore, outputs: Mapping[str, Path]) -> None:
+    """All rows to files by kind: ``csv``, ``jsonl``, ``parquet``.
+
+    Raises:
+        StorageError: a file cannot be written; the parts are intact.
+    """
+    if "csv" in outputs:
+        write_csv(outputs["csv"], store.rows())
+    if "jsonl" in outputs:
+        write_jsonl(outputs["jsonl"], store.rows())
+    if "parquet" in outputs:
+        write_parquet(outputs["parquet"], store.rows(), store.identity)
 
 
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A row a line; what failed is null."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(lines, encoding="utf-8")
-    temporary.rename(path)
+def totals(store: ScoreStore) -> dict[str, dict[str, Any]]:
+    """Mean, scored and failed of each judge, and what its numbers come from."""
+    import numpy as np
+
+    found = {}
+    for facts in store.identity.judges:
+        values = store.numbers(facts.name)
+        known = values[~np.isnan(values)]
+        found[facts.name] = {
+            "mean": math.fsum(known) / len(known) if len(known) else None,
+            "scored": len(known),
+            "failed": len(values) - len(known),
+        }
+    return found
 
 
-def shown(rows: Sequence[dict[str, Any]], limit: int = 50) -> list[dict[str, str]]:
-    """The first rows for a terminal; a reason column only where something failed."""
-    some = rows[:limit]
-    failed = any(row["reason"] for row in some)
-    return [{k: number(v) for k, v in row.items() if k != "reason" or failed} for row in some]
+def shown(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> list[dict[str, str]]:
+    """Rows for a terminal: a reason column only where something failed.
+
+    Args:
+        rows: public rows of a store, those to show.
+        names: of the judges.
+    """
+    some = list(rows)
+    columns = ["file", "prompt", *names]
+    if any(row["reason"] for row in some):
+        columns.append("reason")
+    return [{k: number(row[k]) for k in columns} for row in some]
 
 
 def number(value: float | str | None) -> str:

@@ -21,8 +21,8 @@ from t2i_align.data.media_io import to_image
 from t2i_align.errors import DataError, ModelError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_folder import fingerprint
-from t2i_align.process.progress import progress
 from t2i_align.process.seeds import derive
+from t2i_align.progress import progress
 
 Job = tuple[Path, str, int]
 
@@ -172,6 +172,7 @@ def claim(
             "revision": options.revision,
             "resolution": options.resolution,
             "dtype": options.dtype,
+            "max_sequence_length": options.max_sequence_length,
         }
         for file, prompt, seed in every
     ]

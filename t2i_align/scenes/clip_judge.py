@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from t2i_align.errors import InterruptedRun, OutputError
-from t2i_align.process.progress import progress
+from t2i_align.progress import progress
 from t2i_align.scenes.clip_model import (
     LENGTH,
     MapHeads,

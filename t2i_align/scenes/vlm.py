@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from t2i_align.errors import InterruptedRun, StorageError, UserError
-from t2i_align.process.progress import progress
+from t2i_align.progress import progress
 from t2i_align.scenes.grammar import COLORS
 from t2i_align.scenes.questions import Question
 from t2i_align.scenes.render import CLASSES

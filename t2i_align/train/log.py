@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from t2i_align.process.progress import Line, progress
+from t2i_align.progress import Line, progress
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 

@@ -24,10 +24,9 @@ from torch import Tensor
 import t2i_align
 from t2i_align.contract import Coupling, DrawSpec, Score, ScoredBatch
 from t2i_align.data.batch import Batch, Prepared
-from t2i_align.data.control import ShuffledLabels
+from t2i_align.data.label_source import build_source
 from t2i_align.data.order import picks
 from t2i_align.data.prepare import prepare
-from t2i_align.data.source import Source
 from t2i_align.errors import InterruptedRun, TrainingError
 from t2i_align.protocols import Generator, Objective
 from t2i_align.recipe import Recipe
@@ -91,9 +90,8 @@ class OfflineRun:
 
     def _prepare(self) -> Prepared:
         recipe = self.recipe
-        source: Source = recipe.chosen("data")(recipe.data)
-        if recipe.data.shuffle_labels:
-            source = ShuffledLabels(source)
+        shown = self.console if self.main else None
+        source = build_source(recipe.chosen("data"), recipe.data, recipe.cache.dir, shown)
         with self.accelerator.main_process_first():
             data = prepare(
                 source,
@@ -102,7 +100,7 @@ class OfflineRun:
                 recipe.cache,
                 pairing=recipe.data.pairing,
                 extra_prompts=("",),
-                console=self.console if self.main else None,
+                console=shown,
             )
         return data
 

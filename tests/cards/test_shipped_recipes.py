@@ -45,17 +45,18 @@ def test_without_data_the_message_names_the_path(name: str) -> None:
         load_recipe(name)
 
 
-def test_the_quickstart_recipe_needs_no_file_of_the_user() -> None:
-    recipe = load_recipe("scenes_dpo")
+@pytest.mark.parametrize("name", sorted(set(WORLD) - {"scenes_base"}))
+def test_recipes_on_bundled_pairs_need_no_file_of_the_user(name: str) -> None:
+    recipe = load_recipe(name)
     assert recipe.model.name_or_path == "bundled/scenes_sdxl"
 
 
-@pytest.mark.parametrize("name", sorted(set(WORLD) - {"scenes_dpo"}))
-def test_recipes_of_the_world_load_beside_their_files(name: str, tmp_path: Path) -> None:
+def test_the_recipe_of_the_base_loads_beside_its_files(tmp_path: Path) -> None:
     model, data = write_pipeline(tmp_path / "m"), tmp_path / "d.parquet"
     row = {"prompt": ["a"], "image": [b"0"], "label": [1]}
     pq.write_table(pa.table(row), data)
-    recipe = load_recipe(name, [f"data.path={data}", f"model.name_or_path={model}"])
+    given = [f"data.path={data}", f"model.name_or_path={model}"]
+    recipe = load_recipe("scenes_base", given)
     assert recipe.model.name_or_path == str(model)
 
 

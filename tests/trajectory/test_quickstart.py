@@ -76,7 +76,7 @@ def test_its_fingerprint_covers_the_recipes_data_and_the_judges(
     """Another row of the pairs or another weight of a judge is another quickstart."""
     for name in JUDGES:
         shutil.copytree(find_root() / "reward_models" / name, tmp_path / "reward_models" / name)
-    data = tmp_path / "datasets" / "scenes" / "pairs_renders.parquet"
+    data = tmp_path / "datasets" / "scenes" / "pairs_repairs.parquet"
     data.parent.mkdir(parents=True)
     row = {"caption": "a cat", "jpg_0": b"0", "jpg_1": b"1", "label_0": 1.0, "label_1": 0.0}
     for module_of_root in (module, data_rows):

@@ -167,7 +167,7 @@ def test_renders_stand_over_wrong_pictures_only() -> None:
     loser = "1" if winner == "0" else "0"
     assert row[f"correct_{winner}"] and not row[f"correct_{loser}"]
     held = np.asarray(Image.open(io.BytesIO(row[f"jpg_{loser}"])).convert("RGB"), float)
-    assert np.abs(held - np.asarray(bad, float)).mean() < 3  # WebP
+    assert np.abs(held - np.asarray(bad, float)).mean() < 4  # WebP
     assert len(rows_of([good, bad, good], item, 0, replace(settings, winners="both"))) == 2
     every = replace(settings, winners="samples", pairing="all")
     names = [r["ranking_id"] for r in rows_of([good, bad, bad], item, 7, every) if r]
@@ -204,15 +204,15 @@ def test_pictures_survive_the_pair_file_and_broken_ones_are_named() -> None:
 FOLDER = find_root() / "datasets" / "scenes"
 
 
-@pytest.mark.parametrize(("name", "renders"), [("pairs", False), ("pairs_renders", True)])
-def test_bundled_pairs_are_small_honest_and_of_training_prompts(name: str, renders: bool) -> None:
+@pytest.mark.parametrize(("name", "repairs"), [("pairs", False), ("pairs_repairs", True)])
+def test_bundled_pairs_are_small_honest_and_of_training_prompts(name: str, repairs: bool) -> None:
     assert sum(f.stat().st_size for f in FOLDER.glob("*.parquet")) <= 4e6
     rows = pq.read_table(FOLDER / f"{name}.parquet").to_pylist()
     train = {m["prompt"]: m for items in grammar.prompts(held_out=False).values() for m in items}
     assert {r["caption"] for r in rows} <= set(train)
     ties = [r for r in rows if r["label_0"] == 0.5]
     assert len(ties) < 0.1 * len(rows)
-    assert (len(ties) > 0) is not renders
+    assert (len(ties) > 0) is not repairs
     assert len({r["ranking_id"] for r in rows}) == len(rows)
     agreed = []
     for row in rows[:: len(rows) // 60]:
@@ -221,9 +221,9 @@ def test_bundled_pairs_are_small_honest_and_of_training_prompts(name: str, rende
         agreed += [found[k][0] == row[f"correct_{k}"] for k in (0, 1)]
         if row["label_0"] == 1:
             assert (row["correct_0"], row["score_0"]) >= (row["correct_1"], row["score_1"])
-        if renders:
+        if repairs:
             assert row["correct_0"] != row["correct_1"]
-    assert np.mean(agreed) > 0.95  # WebP may turn a verdict at the edge
+    assert np.mean(agreed) > (0.999 if repairs else 0.95)  # WebP may turn a verdict at the edge
 
 
 def test_the_verb_runs_resumes_and_refuses(tmp_path: Path) -> None:

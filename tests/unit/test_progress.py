@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from t2i_align.process.progress import progress
+from t2i_align.progress import progress
 
 
 class Clock:

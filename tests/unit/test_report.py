@@ -22,7 +22,7 @@ from t2i_align.evaluate.aggregate import Interval, bootstrap_mean
 from t2i_align.evaluate.compare import compare, read_rows, table
 from t2i_align.evaluate.detections import Detection
 from t2i_align.evaluate.figures import Bar, bars, curves, smooth
-from t2i_align.evaluate.provenance import recipe_yaml, sha256
+from t2i_align.evaluate.provenance import eval_command, recipe_yaml, sha256
 from t2i_align.evaluate.report import (
     Section,
     bar_rows,
@@ -380,9 +380,15 @@ def test_eval_commands_repeat_the_protocol(page: Page, root: Path) -> None:
         given = command.commands["eval"].make_context("eval", shlex.split(line)[2:]).params
         expected = asdict(PROTOCOL) | {"model": "truth", "lora": None, "out": root / name}
         expected |= {"denoiser": str(root / "run" / "unet")}
-        expected |= {"training_prompts": not expected.pop("held_out")}
+        expected |= {"training_prompts": not expected.pop("held_out"), "max_sequence_length": None}
         assert expected.pop("resolution") == 64
         assert given == expected
+
+
+def test_an_eval_command_names_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    fact = {"protocol": asdict(PROTOCOL), "model": "m", "lora": "l", "max_sequence_length": "16"}
+    words = shlex.join(eval_command(tmp_path, fact))
+    assert "--model m --lora l --max-sequence-length 16 --per-task" in words
 
 
 def test_extras_come_from_a_summary(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+r"""ImageReward (Xu et al. 2023, arXiv:2304.05977), on the BLIP parts of transformers.
+
+    V = ViT-L/16(x) of the picture, h = BERT(tokens of the prompt, cross-attention to V)
+
+    (1)  s = (w . h_[CLS] + b - 0.16717...) / 1.03333...
+
+The text model is a decoder by construction (only so has it cross-attention) and runs
+bidirectionally. Its first token stays ``[CLS]``, where BLIP's own matching head would put
+``[ENC]``. The published head of five linear layers has no activations, so it is the one affine map
+of Eq. (1). Prompts are cut after 35 tokens, two of them special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from t2i_align.contract import Media
+from t2i_align.errors import ModelError
+from t2i_align.judges.base import Scores, rgb, score_each
+from t2i_align.judges.imagereward_model import load_model
+from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
+from t2i_align.options import Options
+
+MAX_LENGTH = 35
+
+
+class ImageRewardOptions(WeightsOptions):
+    """Weights, tokenizer, and how many pictures at once."""
+
+    name_or_path: str | None = Field("zai-org/ImageReward", description="folder, file or hub id")
+    filename: str | None = Field("ImageReward.pt", description="the published file")
+    tokenizer: str = Field(
+        "google-bert/bert-base-uncased",
+        description="folder (absolute, or relative to the card's) or hub id of BERT's tokenizer",
+    )
+    tokenizer_revision: str | None = Field(None, description="commit of a hub id")
+    batch_size: int = Field(32, ge=1, description="pictures at once")
+
+
+class ImageReward:
+    """Eq. (1) of pictures and prompts."""
+
+    Options: ClassVar[type[Options]] = ImageRewardOptions
+
+    def __init__(
+        self, folder: Path, options: ImageRewardOptions, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Load weights and tokenizer.
+
+        Raises:
+            ModelError: they are not there, or not in the published layout.
+        """
+        self.options, self.device, self.dtype = options, device, dtype
+        self.path = locate(options, folder, "imagereward")
+        self.tokenizer = bert_tokenizer(options.tokenizer, options.tokenizer_revision, folder)
+        self.model = load_model(load_tensors(self.path, options.sha256)).to(device, dtype)
+        self.model.head.float()
+        if len(self.tokenizer) > self.model.text.config.vocab_size:
+            raise ModelError(
+                f"the tokenizer '{options.tokenizer}' has {len(self.tokenizer)} tokens, the "
+                f"weights {self.model.text.config.vocab_size}",
+                "options.tokenizer must be bert-base-uncased",
+            )
+        self.preprocess = Preprocess(
+            self.model.image_size, "shortest", "bicubic", CLIP_MEAN, CLIP_STD
+        )
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weights' file."""
+        return sha256_of(self.path)
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask ``(B, 35)`` on the device."""
+        made = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=MAX_LENGTH,
+            return_tensors="pt",
+        )
+        return made.input_ids.to(self.device), made.attention_mask.to(self.device)
+
+    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores ``(B,)`` float32 with gradient.
+
+        Args:
+            pixels: ``(B, 3, h, w)`` in [0, 1].
+            prompts: B prompts.
+        """
+        return self._scores(self.preprocess.tensor(pixels.to(self.device)), prompts)
+
+    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
+        """One number a picture."""
+
+        @torch.inference_mode()
+        def compute(images: list[Tensor], texts: list[str]) -> Tensor:
+            return self._scores(torch.stack(images).to(self.device), texts)
+
+        read = lambda m, _: self.preprocess.image(rgb(m))  # noqa: E731
+        return score_each(media, prompts, read, compute, self.options.batch_size)
+
+    def _scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.model(pixels.to(self.dtype), *self.tokens(prompts))
+
+
+def bert_tokenizer(name: str, revision: str | None, folder: Path) -> Any:
+    """BERT's tokenizer with BLIP's two extra tokens, which take the last two ids.
+
+    Raises:
+        ModelError: there is none at that folder or hub id.
+    """
+    from transformers import AutoTokenizer
+
+    where = folder / name
+    try:
+        tok = AutoTokenizer.from_pretrained(
+            where if where.is_dir() else name, revision=revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer at '{name}': {str(error).splitlines()[0]}",
+            "ImageReward reads bert-base-uncased: bring its folder (vocab.txt, "
+            "tokenizer_config.json) and give it as options.tokenizer",
+        ) from error
+    tok.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    return tok
