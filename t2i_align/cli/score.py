@@ -63,16 +63,18 @@ def score(
 
     from t2i_align.cli.quiet import hush
     from t2i_align.errors import UserError
+    from t2i_align.evaluate.scoring import with_held_out
 
     hush()
     console = Console(stderr=True)
+    judge = with_held_out(judge or [])
     how = {"device": device, "dtype": dtype, "normalized": normalized}
     files = {"csv": csv, "jsonl": jsonl, "parquet": parquet}
     outputs = {kind: path for kind, path in files.items() if path is not None}
     if compare is not None:
         if paths or outputs:
             raise UserError("--compare takes its two sets alone", "score each into a file first")
-        _compare(compare, judge or [], band, how, report, as_json, console)
+        _compare(compare, judge, band, how, report, as_json, console)
         return
     if not paths or not judge:
         missing = "pictures" if not paths else "--judge"

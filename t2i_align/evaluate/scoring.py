@@ -64,6 +64,20 @@ class Member:
         return self.facts.name
 
 
+def with_held_out(names: Sequence[str]) -> list[str]:
+    """Judges by name, each once, an ensemble followed by the judges it holds out.
+
+    Raises:
+        UserError: unknown judge.
+    """
+    from t2i_align.judges.base import judge_card
+
+    found: list[str] = []
+    for name in names:
+        found += [name, *judge_card(name).details.get("options", {}).get("held_out", [])]
+    return list(dict.fromkeys(found))
+
+
 def panel(
     names: Sequence[str],
     *,

@@ -21,7 +21,7 @@ from t2i_align.errors import DataError, UserError
 from t2i_align.evaluate.pair_accuracy import pair_accuracy
 from t2i_align.evaluate.score_report import correlations, extremes
 from t2i_align.evaluate.score_source import Entry, Pictures
-from t2i_align.evaluate.scoring import device_of
+from t2i_align.evaluate.scoring import device_of, with_held_out
 from t2i_align.judges.base import load
 from t2i_align.scenes import grammar
 from t2i_align.scenes.parse import parse
@@ -256,6 +256,21 @@ def test_every_file_and_the_terminal_say_the_same(tmp_path: Path) -> None:
     with (tmp_path / "o.csv").open() as file:
         read = [r["sharpness"] for r in csv.DictReader(file)]
     assert read == [str(r["sharpness"]) for r in rows[:3]] + [""]
+
+
+def test_the_judge_an_ensemble_holds_out_is_always_reported(tmp_path: Path) -> None:
+    prompts = ["a photo of a red car", "a photo of two birds"]
+    files = [picture(tmp_path / f"{k}.png", p, k) for k, p in enumerate(prompts)]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    code, out, err = call(
+        *files, "--prompts", tmp_path / "p.txt", "--judge", "ensemble_scenes", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert list(found["judges"]) == ["ensemble_scenes", "scenes_exact"]
+    assert all(row["scenes_exact"] > 0.5 for row in found["rows"])
+    named = ["scenes_exact", "ensemble_scenes", "jpeg"]
+    assert with_held_out(named) == named
 
 
 def test_a_report_is_one_file_with_correlations_and_pictures(tmp_path: Path) -> None:
