@@ -27,8 +27,8 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import Media
-from t2i_align.judges.base import Scores, rgb, score_each
-from t2i_align.judges.preprocess import PRESETS, Preprocess
+from t2i_align.judges.base import Scores
+from t2i_align.judges.preprocess import PRESETS, Preprocess, score_pictures
 from t2i_align.judges.trunks import Cleaning, ClipTrunk, clip_trunk
 from t2i_align.judges.weights import WeightsOptions, hub_id, locate, sha256_of
 from t2i_align.options import Options
@@ -110,11 +110,5 @@ class ClipJudge:
 
     def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
         """One number a picture."""
-        prepare = self.prepare
-
-        @torch.inference_mode()
-        def compute(images: list[Tensor], texts: list[str]) -> Tensor:
-            return self._agreement(torch.stack(images), texts)
-
         batch = self.options.batch_size
-        return score_each(media, prompts, lambda m, _: prepare.image(rgb(m)), compute, batch)
+        return score_pictures(media, prompts, self.prepare, self._agreement, batch)

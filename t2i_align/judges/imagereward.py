@@ -23,9 +23,9 @@ from torch import Tensor
 
 from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores, rgb, score_each
+from t2i_align.judges.base import Scores
 from t2i_align.judges.imagereward_model import load_model
-from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, score_pictures
 from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
 from t2i_align.options import Options
 
@@ -96,20 +96,15 @@ class ImageReward:
             pixels: ``(B, 3, h, w)`` in [0, 1].
             prompts: B prompts.
         """
-        return self._scores(self.preprocess.tensor(pixels.to(self.device)), prompts)
+        return self._scores(self.preprocess.tensor(pixels), prompts)
 
     def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
         """One number a picture."""
-
-        @torch.inference_mode()
-        def compute(images: list[Tensor], texts: list[str]) -> Tensor:
-            return self._scores(torch.stack(images).to(self.device), texts)
-
-        read = lambda m, _: self.preprocess.image(rgb(m))  # noqa: E731
-        return score_each(media, prompts, read, compute, self.options.batch_size)
+        batch = self.options.batch_size
+        return score_pictures(media, prompts, self.preprocess, self._scores, batch)
 
     def _scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.model(pixels.to(self.dtype), *self.tokens(prompts))
+        return self.model(pixels.to(self.device, self.dtype), *self.tokens(prompts))
 
 
 def bert_tokenizer(name: str, revision: str | None, folder: Path) -> Any:

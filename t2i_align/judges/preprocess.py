@@ -15,6 +15,7 @@ functions give equal numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i_align.contract import MediaError
+from t2i_align.contract import Media, MediaError
 from t2i_align.data.images import MAX_PIXELS
+from t2i_align.judges.base import Scores, rgb, score_each
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -153,3 +155,27 @@ PRESETS: dict[str, Preprocess] = {
     "dino": Preprocess(224, "shortest", "bicubic", IMAGENET_MEAN, IMAGENET_STD, 256 / 224),
     "unit": Preprocess(224, "squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
 }
+
+
+def score_pictures(
+    media: Sequence[Media],
+    prompts: Sequence[str],
+    prepare: Preprocess,
+    value: Callable[[Tensor, list[str]], Tensor],
+    batch_size: int,
+) -> Scores:
+    """One number a picture by the published road, without gradients.
+
+    Args:
+        media: B pictures.
+        prompts: B prompts.
+        prepare: makes the input of a network.
+        value: numbers ``(n,)`` of inputs ``(n, 3, s, s)`` on the CPU and n prompts.
+        batch_size: pictures at once.
+    """
+
+    @torch.inference_mode()
+    def compute(images: list[Tensor], texts: list[str]) -> Tensor:
+        return value(torch.stack(images), texts)
+
+    return score_each(media, prompts, lambda m, _: prepare.image(rgb(m)), compute, batch_size)

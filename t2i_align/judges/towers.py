@@ -14,8 +14,8 @@ from torch import Tensor
 
 from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores, rgb, score_each
-from t2i_align.judges.preprocess import PRESETS, Preprocess
+from t2i_align.judges.base import Scores
+from t2i_align.judges.preprocess import PRESETS, Preprocess, score_pictures
 from t2i_align.judges.siglip import siglip_trunk
 from t2i_align.judges.trunks import clip_trunk
 from t2i_align.judges.weights import WeightsOptions, hub_id, locate, sha256_of
@@ -103,12 +103,7 @@ def of_pictures(
         value: numbers ``(n,)`` of inputs ``(n, 3, s, s)``.
         batch_size: pictures at once.
     """
-
-    @torch.inference_mode()
-    def compute(images: list[Tensor], _texts: list[str]) -> Tensor:
-        return value(torch.stack(images))
-
-    return score_each(media, prompts, lambda m, _: prepare.image(rgb(m)), compute, batch_size)
+    return score_pictures(media, prompts, prepare, lambda inputs, _: value(inputs), batch_size)
 
 
 class VitTrunk:
