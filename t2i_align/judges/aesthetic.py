@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -27,8 +26,9 @@ from torch import Tensor
 from t2i_align.contract import Media
 from t2i_align.errors import ModelError
 from t2i_align.judges.base import Scores
+from t2i_align.judges.published import Published
 from t2i_align.judges.towers import Tower, TowerOptions, load_tower, of_pictures
-from t2i_align.judges.weights import WeightsOptions, combined, load_tensors, locate, sha256_of
+from t2i_align.judges.weights import WeightsOptions, combined, load_tensors, sha256_of
 from t2i_align.options import Options
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -81,21 +81,10 @@ class AestheticOptions(WeightsOptions):
     batch_size: int = Field(32, ge=1, description="pictures at once")
 
 
-class Aesthetic:
+class Aesthetic(Published):
     """Eq. (1); see the module."""
 
     Options: ClassVar[type[Options]] = AestheticOptions
-
-    def __init__(
-        self, folder: Path, options: AestheticOptions, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Load nothing yet."""
-        self.folder, self.options, self.device, self.dtype = folder, options, device, dtype
-
-    @cached_property
-    def file(self) -> Path:
-        """The head's weights."""
-        return locate(self.options, self.folder, self.folder.name, "model.safetensors")
 
     @cached_property
     def head(self) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -29,8 +27,9 @@ from torch import Tensor
 from t2i_align.contract import Media
 from t2i_align.judges.base import Scores
 from t2i_align.judges.preprocess import PRESETS, Preprocess, score_pictures
+from t2i_align.judges.published import Published
 from t2i_align.judges.trunks import Cleaning, ClipTrunk, clip_trunk
-from t2i_align.judges.weights import WeightsOptions, hub_id, locate, sha256_of
+from t2i_align.judges.weights import WeightsOptions, hub_id
 from t2i_align.options import Options
 
 
@@ -52,21 +51,10 @@ class ClipOptions(WeightsOptions):
     batch_size: int = Field(32, ge=1, description="pictures at once")
 
 
-class ClipJudge:
+class ClipJudge(Published):
     """Scaled cosine of a CLIP model; see the module."""
 
     Options: ClassVar[type[Options]] = ClipOptions
-
-    def __init__(
-        self, folder: Path, options: ClipOptions, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Load nothing yet."""
-        self.folder, self.options, self.device, self.dtype = folder, options, device, dtype
-
-    @cached_property
-    def file(self) -> Path:
-        """The weights."""
-        return locate(self.options, self.folder, self.folder.name, "model.safetensors")
 
     @cached_property
     def trunk(self) -> ClipTrunk:
@@ -85,11 +73,6 @@ class ClipJudge:
     def prepare(self) -> Preprocess:
         """From a picture to the network's input."""
         return PRESETS[self.options.preprocess].sized(self.trunk.size)
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """Hash of the file of weights."""
-        return sha256_of(self.file)
 
     def _agreement(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         options, trunk = self.options, self.trunk

@@ -28,9 +28,10 @@ from t2i_align.contract import Media
 from t2i_align.errors import ModelError
 from t2i_align.judges.base import Scores
 from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PRESETS
+from t2i_align.judges.published import Published
 from t2i_align.judges.reference import compared
 from t2i_align.judges.trunks import frozen
-from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
+from t2i_align.judges.weights import WeightsOptions, load_tensors
 from t2i_align.options import Options
 
 PARTS = ("dino", "clip", "open_clip")
@@ -132,31 +133,15 @@ def ensemble(
     return frozen(lambda: Ensemble(configs), tensors, "a merged DreamSim", device, dtype)
 
 
-class DreamSim:
+class DreamSim(Published):
     """Eq. (2); see the module."""
 
     Options: ClassVar[type[Options]] = DreamSimOptions
-
-    def __init__(
-        self, folder: Path, options: DreamSimOptions, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Load nothing yet."""
-        self.folder, self.options, self.device, self.dtype = folder, options, device, dtype
-
-    @cached_property
-    def file(self) -> Path:
-        """The merged weights."""
-        return locate(self.options, self.folder, self.folder.name, "model.safetensors").resolve()
 
     @cached_property
     def model(self) -> Ensemble:
         """The three networks."""
         return ensemble(self.file, self.device, self.dtype, self.options.sha256)
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """Hash of the merged weights."""
-        return sha256_of(self.file)
 
     def _apart(self, first: Tensor, second: Tensor) -> Tensor:
         seen = self.model(torch.cat([first, second]))

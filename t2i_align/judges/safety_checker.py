@@ -25,9 +25,10 @@ from t2i_align.judges.base import Scores
 from t2i_align.judges.clip_config import beside, named_config
 from t2i_align.judges.clip_layout import plain
 from t2i_align.judges.preprocess import PRESETS, Preprocess
+from t2i_align.judges.published import Published
 from t2i_align.judges.towers import of_pictures
 from t2i_align.judges.trunks import frozen
-from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
+from t2i_align.judges.weights import WeightsOptions, load_tensors
 from t2i_align.options import Options
 
 
@@ -61,31 +62,15 @@ def safety_model(
     return frozen(lambda: StableDiffusionSafetyChecker(config), tensors, what, device, dtype)
 
 
-class SafetyChecker:
+class SafetyChecker(Published):
     """Eq. (1): how far the nearest concept is over its threshold."""
 
     Options: ClassVar[type[Options]] = SafetyOptions
-
-    def __init__(
-        self, folder: Path, options: SafetyOptions, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Load nothing yet."""
-        self.folder, self.options, self.device, self.dtype = folder, options, device, dtype
-
-    @cached_property
-    def file(self) -> Path:
-        """The weights."""
-        return locate(self.options, self.folder, self.folder.name, "model.safetensors").resolve()
 
     @cached_property
     def model(self) -> Any:
         """The checker."""
         return safety_model(self.file, self.device, self.dtype, self.options.sha256)
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """Hash of the file of weights."""
-        return sha256_of(self.file)
 
     @cached_property
     def prepare(self) -> Preprocess:

@@ -81,9 +81,9 @@ def load_tower(
             source, options.architecture, device, dtype, options.sha256, known
         )
     elif options.tower == "siglip":
-        trunk = siglip_trunk(source.resolve(), device, dtype, options.sha256)
+        trunk = siglip_trunk(source.absolute(), device, dtype, options.sha256)
     else:
-        trunk = vit_trunk(source.resolve(), device, dtype)
+        trunk = vit_trunk(source.absolute(), device, dtype)
     return Tower(trunk, PRESETS[options.preprocess].sized(trunk.size), source)
 
 

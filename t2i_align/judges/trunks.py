@@ -125,7 +125,7 @@ def clip_trunk(
     Raises:
         ModelError: unreadable, unknown, or not a CLIP of that shape.
     """
-    return _clip_trunk(file.resolve(), architecture, device, dtype, sha256, published)
+    return _clip_trunk(file.absolute(), architecture, device, dtype, sha256, published)
 
 
 @cache

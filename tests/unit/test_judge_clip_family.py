@@ -208,6 +208,20 @@ def test_equal_weights_are_one_network(tmp_path: Path) -> None:
     assert first.trunk is second.trunk
 
 
+def test_files_behind_links_are_found_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    """Its snapshots are links to files named by hash, without a suffix or a config beside them."""
+    published("pickscore", tmp_path)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for k, file in enumerate(sorted((tmp_path / "pickscore").iterdir())):
+        file.rename(blobs / f"{k:040x}")
+        (snapshot / file.name).symlink_to(blobs / f"{k:040x}")
+    given = {"name_or_path": str(snapshot), "architecture": None}
+    judge = judge_of("pickscore", tmp_path / "pickscore", **given)
+    assert values(judge.score(media(pictures()), ["a cat"] * len(pictures()))).isfinite().all()
+
+
 def test_a_pickle_without_hash_is_refused_with_the_command(tmp_path: Path) -> None:
     _, changed = published("hpsv2", tmp_path)
     changed.pop("sha256")
