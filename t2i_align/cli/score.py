@@ -72,7 +72,7 @@ def score(
     files = {"csv": csv, "jsonl": jsonl, "parquet": parquet}
     outputs = {kind: path for kind, path in files.items() if path is not None}
     if compare is not None:
-        if paths or outputs:
+        if paths or outputs or prompt is not None or prompts is not None:
             raise UserError("--compare takes its two sets alone", "score each into a file first")
         _compare(compare, judge, band, how, report, as_json, console)
         return

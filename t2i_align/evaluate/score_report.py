@@ -85,7 +85,7 @@ def build_score_report(
             {"name": kind, "names": names, "rows": cells_of(matrix)}
             for kind, matrix in correlations(values).items()
         ],
-        "galleries": galleries(values, pictures),
+        "galleries": galleries(values, pictures, store.identity.settings["normalized"]),
         "failures": Section("", rows=failures(store)),
         "comparison": None,
         "settings": Section("", rows=settings_rows(store)),
@@ -256,13 +256,16 @@ def extremes(values: np.ndarray, sign: float, num: int = SHOWN) -> tuple[list[in
     return order[:half], worst
 
 
-def galleries(values: Mapping[str, np.ndarray], pictures: Pictures) -> list[dict[str, Any]]:
-    """Best and worst pictures of each judge."""
+def galleries(
+    values: Mapping[str, np.ndarray], pictures: Pictures, normalized: bool
+) -> list[dict[str, Any]]:
+    """Best and worst pictures of each judge; normalised numbers are the better the higher."""
     from t2i_align.judges.base import judge_card
 
     chosen = {}
     for name, column in values.items():
-        sign = -1.0 if judge_card(name).direction == "lower is better" else 1.0
+        lower = judge_card(name).direction == "lower is better" and not normalized
+        sign = -1.0 if lower else 1.0
         chosen[name] = extremes(column, sign)
     found = pictures.pick(k for pair in chosen.values() for part in pair for k in part)
     made = []

@@ -206,7 +206,6 @@ def _tables_of(folder: Path) -> list[Path]:
         DataError: none of those either.
     """
     found = [p for p in _walk(folder) if p.suffix.lower() in (*TABLES, *SHARDS)]
-    found = [p for p in found if not p.name.startswith(".")]
     if not found:
         looked = (*PICTURES, *TABLES, *SHARDS)
         raise DataError(f"no pictures in {folder}", f"looked for {', '.join(looked)}")
@@ -214,9 +213,12 @@ def _tables_of(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder in the order of sorted paths, a directory in memory at a time."""
+    """Every file below a folder in the order of sorted paths, a directory in memory at a time.
+
+    Names that begin with a dot are left out: parts of a call that was stopped lie under such a one.
+    """
     with os.scandir(folder) as listing:
-        entries = sorted(listing, key=lambda e: e.name)
+        entries = sorted((e for e in listing if e.name[0] != "."), key=lambda e: e.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(folder / entry.name)

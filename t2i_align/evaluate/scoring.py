@@ -88,7 +88,7 @@ def panel(
     """Judges by name, each once and loaded.
 
     Raises:
-        UserError: unknown judge, or nothing to normalise with.
+        UserError: unknown judge, nothing to normalise with, or a rule over whole groups.
         ModelError: its weights are missing.
     """
     import torch
@@ -101,6 +101,11 @@ def panel(
     members = []
     for card, scale in zip(cards, scales, strict=True):
         judge = load(card.name, where, getattr(torch, dtype))
+        if card.details.get("options", {}).get("rule") == "rank":
+            raise UserError(
+                f"'{card.name}' ranks all samples of a prompt, and pictures are scored in batches",
+                "score its members, or use another rule",
+            )
         options = card.details.get("options", {})
         facts = JudgeFacts(card.name, card.version, weights_of(judge, card.name), options)
         members.append(Member(facts, judge, scale))

@@ -372,6 +372,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         ((tmp_path,), "score needs --judge"),
         (("--judge", "saturation"), "score needs pictures"),
         ((tmp_path, "--compare", a, a), "--compare takes its two sets alone"),
+        (("--compare", a, a, "--prompt", "p"), "--compare takes its two sets alone"),
         (("--compare", a, tmp_path), "no scored file, and no --judge"),
         (("--compare", a, a, "--judge", "jpeg"), "has no numbers of jpeg; it has: sharpness"),
     ):

@@ -62,6 +62,16 @@ def test_every_layout_gives_the_same_pictures(tmp_path: Path) -> None:
         assert seen(pictures) == seen(pictures) == expected, place
 
 
+def test_parts_of_a_stopped_call_are_no_tables(tmp_path: Path) -> None:
+    """They lie in a hidden folder beside the output, which may lie beside the tables."""
+    write_parquet(tmp_path / "t.parquet", [{"image": DATA[0], "prompt": TEXTS[0]}])
+    parts = tmp_path / ".scores.parquet.parts-1"
+    parts.mkdir()
+    (parts / "identity.json").write_text("{}")
+    write_parquet(parts / "part-0.parquet", [{"image": DATA[1], "prompt": TEXTS[1]}])
+    assert seen(Pictures([tmp_path])) == [(DATA[0], TEXTS[0])]
+
+
 def test_rows_with_several_pictures(tmp_path: Path) -> None:
     pairs = [{"caption": "p", "jpg_0": DATA[0], "jpg_1": DATA[1], "label_0": 1.0}]
     lists = [{"prompt": "p", "images": DATA[:3], "ranks": [0, 1, 2]}]
