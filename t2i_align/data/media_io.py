@@ -17,7 +17,7 @@ def to_image(media: Media) -> Any:
     """An image medium ``(3, h, w)`` in [0, 1] as PIL."""
     from PIL import Image
 
-    array = (media.data.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    array = (media.data.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.asarray(array))
 
 

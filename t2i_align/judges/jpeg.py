@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from t2i_align.contract import Media
+from t2i_align.contract import Media, MediaError
 from t2i_align.judges.base import Scores, rgb, score_each
 from t2i_align.options import Options
 
@@ -38,9 +38,16 @@ class JpegOptions(Options):
 
 
 def jpeg_kilobytes(image: PILImage, quality: int = 95) -> float:
-    """Size of an RGB picture as a JPEG, in units of 1000 bytes."""
+    """Size of an RGB picture as a JPEG, in units of 1000 bytes.
+
+    Raises:
+        MediaError: a side is too long for the format.
+    """
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality)
+    try:
+        image.save(stream, "JPEG", quality=quality)
+    except OSError as error:
+        raise MediaError(f"{image.width} x {image.height} pixels as JPEG: {error}") from error
     return stream.tell() / 1000
 
 

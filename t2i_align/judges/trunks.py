@@ -142,4 +142,6 @@ def _clip_trunk(
     config = clip_config(file, architecture, published)
     what = f"a CLIP like {architecture or file.with_name('config.json')}"
     tensors = to_transformers(load_tensors(file, sha256), file.name)
-    return ClipTrunk(frozen(lambda: CLIPModel(config), tensors, what, device, dtype))
+    model: Any = frozen(lambda: CLIPModel(config), tensors, what, device, dtype)
+    model.logit_scale.data = tensors["logit_scale"].float().to(device)  # bfloat16 costs 1 %
+    return ClipTrunk(model)

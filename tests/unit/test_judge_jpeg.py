@@ -52,6 +52,14 @@ def test_what_is_no_picture_is_nan() -> None:
     assert found.values.isnan().tolist() == [True, False, False, False]
 
 
+def test_a_side_no_jpeg_can_have_is_nan() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (70_000, 1)).save(stream, "PNG")
+    found = judge("compressible").score([Media("image", stream.getvalue()), *pictures()], [""] * 4)
+    assert str(found.reasons[0]).startswith("70000 x 1 pixels as JPEG: ")
+    assert found.values.isnan().tolist() == [True, False, False, False]
+
+
 def test_golden_values() -> None:
     card = judge_card("jpeg")
     known = json.loads((find_root() / "reward_models" / "jpeg" / str(card.golden)).read_text())
