@@ -86,7 +86,7 @@ def locate(options: Any, folder: Path, judge: str, filename: str | None = None) 
                 f"weights of '{judge}': nothing at {path}", _bring(options, folder, judge, wanted)
             )
     for place in _places(name, judge):
-        found = place if wanted is None else _either(place, wanted)
+        found = place if wanted is None else _either(place, wanted, place.name == judge)
         if place.is_dir() and found is not None:
             return found
     if name is None:
@@ -119,9 +119,13 @@ def _places(name: str | None, judge: str) -> list[Path]:
     return [weights_home() / part for part in dict.fromkeys(names)]
 
 
-def _either(folder: Path, wanted: str) -> Path | None:
-    """The wanted file, or what ``judges convert`` wrote, which is taken before a pickle."""
+def _either(folder: Path, wanted: str, own: bool = True) -> Path | None:
+    """The wanted file, or what ``judges convert`` wrote, which is taken before a pickle.
+
+    Only in a judge's own folder: in one that judges share (HPSv2 and v2.1) it may be another's.
+    """
     names = (wanted, CONVERTED) if wanted.endswith(".safetensors") else (CONVERTED, wanted)
+    names = names if own else (wanted,)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 

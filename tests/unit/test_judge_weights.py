@@ -92,6 +92,16 @@ def test_what_convert_wrote_is_taken_before_a_pickle(home: Path) -> None:
     assert locate(given, Path(), "mine") == ours
 
 
+def test_what_was_converted_for_one_judge_is_not_anothers(tmp_path: Path, home: Path) -> None:
+    """HPSv2 and v2.1 lie in one repository; numbers of the two must not be mixed."""
+    touch(home / "HPSv2" / "model.safetensors")
+    given = WeightsOptions(name_or_path="xswu/HPSv2", filename="HPS_v2.1_compressed.pt")
+    with pytest.raises(ModelError, match=r"HPS_v2\.1_compressed\.pt"):
+        locate(given, tmp_path, "hpsv2_1")
+    own = touch(home / "hpsv2_1" / "model.safetensors")
+    assert locate(given, tmp_path, "hpsv2_1") == own
+
+
 def test_the_weights_home_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)
     assert weights_home() == Path.home() / ".cache/t2i-align/weights"
