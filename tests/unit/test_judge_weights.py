@@ -95,7 +95,7 @@ def test_what_convert_wrote_is_taken_before_a_pickle(home: Path) -> None:
 def test_what_was_converted_for_one_judge_is_not_anothers(tmp_path: Path, home: Path) -> None:
     """HPSv2 and v2.1 lie in one repository; numbers of the two must not be mixed."""
     touch(home / "HPSv2" / "model.safetensors")
-    given = WeightsOptions(name_or_path="xswu/HPSv2", filename="HPS_v2.1_compressed.pt")
+    given = options(name_or_path="xswu/HPSv2", filename="HPS_v2.1_compressed.pt")
     with pytest.raises(ModelError, match=r"HPS_v2\.1_compressed\.pt"):
         locate(given, tmp_path, "hpsv2_1")
     own = touch(home / "hpsv2_1" / "model.safetensors")
