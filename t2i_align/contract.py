@@ -18,7 +18,7 @@ Convention for beta (the released Diffusion-DPO code, arXiv:2311.12908): an elbo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -47,11 +47,6 @@ class Media:
     kind: MediaKind
     data: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-def cat_dicts(dicts: Sequence[Mapping[str, Tensor]]) -> TensorDict:
-    """Concatenate tensors of equal keys along the first dimension."""
-    return {k: torch.cat([d[k] for d in dicts]) for k in dicts[0]} if dicts else {}
 
 
 def map_dict(d: Mapping[str, Tensor], f: Callable[[Tensor], Tensor]) -> TensorDict:

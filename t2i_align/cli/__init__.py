@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -34,6 +34,7 @@ VERBS: dict[str, str] = {
     "doctor": "t2i_align.cli.doctor:doctor",
     "cite": "t2i_align.cli.cite:cite",
 }
+P = ParamSpec("P")
 EPILOG = "Exit codes: " + " · ".join(f"{code} {what}" for code, what in EXIT_CODES.items())
 
 
@@ -46,11 +47,11 @@ def report(error: UserError) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(text)
 
 
-def guarded(function: Callable[..., None]) -> Callable[..., None]:
+def guarded(function: Callable[P, None]) -> Callable[P, None]:
     """A verb whose user errors become a message and the documented exit code."""
 
     @functools.wraps(function)
-    def verb(*args: Any, **kwargs: Any) -> None:
+    def verb(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
         except UserError as error:

@@ -77,7 +77,7 @@ def _label(
     from t2i_align.evaluate import scoring
 
     total = pictures.survey()
-    members = scoring.panel(options.every, **how)
+    members = scoring.panel(scoring.with_held_out(options.every), **how)
     labels.signs_of([*options.judges, *options.gates])
     identity = scoring.identify(pictures.fingerprint(), members, **how)
     console = Console(stderr=True)

@@ -171,10 +171,11 @@ def report(store: ScoreStore, decision: Decision, options: RuleOptions) -> dict[
         means of ``chosen`` and ``rejected``; of binary labels the means of ``good`` and ``bad``.
     """
     prompts = store.texts("prompt")
+    deciding = {*options.judges, *options.gates}
     found = {}
-    for name in options.every:
+    for name in store.identity.names:
         numbers = store.numbers(name)
-        line: dict[str, Any] = {"held_out": name in options.report_judges}
+        line: dict[str, Any] = {"held_out": name not in deciding}
         if options.rule == "binary":
             for kind, label in (("good", 1), ("bad", -1)):
                 line[kind] = _mean(

@@ -142,7 +142,8 @@ class LabelledSource:
         from t2i_align.evaluate.score_store import ScoreStore
 
         if self._store is None:
-            members = scoring.panel(self.options.every, dtype=self.options.dtype)
+            names = scoring.with_held_out(self.options.every)
+            members = scoring.panel(names, dtype=self.options.dtype)
             signs_of([*self.options.judges, *self.options.gates])
             identity = scoring.identify(
                 self.source.fingerprint(), members, dtype=self.options.dtype

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i_align.errors import DataError, StorageError
+from t2i_align.errors import DataError
 from t2i_align.evaluate.aggregate import Interval, bootstrap_mean, macro_mean
 from t2i_align.evaluate.compare import compare, read_rows, table
 from t2i_align.evaluate.figures import CURVES, Bar, bars, curves
 from t2i_align.evaluate.gallery import Pair, choose, pairs_of
+from t2i_align.evaluate.pages import Section, render, write
 from t2i_align.evaluate.provenance import (
     commands,
     facts_of,
@@ -29,7 +30,6 @@ from t2i_align.evaluate.provenance import (
     weights,
 )
 
-TEMPLATES = Path(__file__).parent / "templates"
 EXCLUDES_0 = {
     1: "The interval lies above 0: the model after is better than the one before by more than the "
     "choice of prompts explains.",
@@ -37,36 +37,6 @@ EXCLUDES_0 = {
     "choice of prompts explains.",
     0: "The interval includes 0: these pictures do not show that the two models differ.",
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """A further part of the report: a text, a table, or both.
-
-    Args:
-        title: heading.
-        text: plain text below it; an empty line starts a paragraph.
-        rows: of the table; columns are the keys in the order they first occur.
-    """
-
-    title: str
-    text: str = ""
-    rows: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the table's columns."""
-        return list(dict.fromkeys(key for row in self.rows for key in row))
-
-    @property
-    def paragraphs(self) -> list[str]:
-        """The text's paragraphs."""
-        return [part.strip() for part in self.text.split("\n\n") if part.strip()]
-
-    @property
-    def cells(self) -> list[list[str]]:
-        """The table's cells as text, in the order of the columns."""
-        return [[cell(row.get(key)) for key in self.columns] for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -136,7 +106,7 @@ def build_report(
         versions=Section("", rows=versions()),
         commands=commands((before, after), facts, runs, out),
     )
-    return write(out, render(page))
+    return write(out, render("report", page))
 
 
 def headline(result: Mapping[str, Any], protocol: Mapping[str, Any], num: int) -> dict[str, Any]:
@@ -276,42 +246,3 @@ def read_extras(file: Path) -> list[Section]:
         rows = [{"phase": k, "seconds": v} for k, v in seconds.items()]
         made.append(Section("Seconds by phase", rows=rows))
     return made
-
-
-def cell(value: Any) -> str:
-    """A value as a table shows it: four digits of a float, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def render(parts: Mapping[str, Any]) -> str:
-    """The page of its parts; every text is escaped unless it is one of our figures."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(parts)
-
-
-def write(out: Path, page: str) -> Path:
-    """Put a page in its place in one step.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error}", "choose another --out") from error
-    return out

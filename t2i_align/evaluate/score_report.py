@@ -21,8 +21,8 @@ import numpy as np
 
 from t2i_align.contract import MediaError
 from t2i_align.evaluate.figures import AFTER, STYLE, svg
+from t2i_align.evaluate.pages import Section, render, write
 from t2i_align.evaluate.provenance import versions
-from t2i_align.evaluate.report import TEMPLATES, Section, write
 from t2i_align.evaluate.score_compare import table as comparison_table
 from t2i_align.evaluate.score_source import Entry, Pictures
 from t2i_align.evaluate.score_store import ScoreStore
@@ -91,7 +91,7 @@ def build_score_report(
         "settings": Section("", rows=settings_rows(store)),
         "versions": Section("", rows=versions()),
     }
-    return write(out, render(page))
+    return write(out, render("scores", page))
 
 
 def build_comparison_report(
@@ -124,7 +124,7 @@ def build_comparison_report(
         ),
         "versions": Section("", rows=versions()),
     }
-    return write(out, render(page))
+    return write(out, render("scores", page))
 
 
 def judge_rows(store: ScoreStore, values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -291,23 +291,3 @@ def shown_of(entry: Entry, value: float) -> Shown | None:
     kind = "png" if small else "jpeg"
     uri = f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
     return Shown(uri, image.size, entry.name, entry.prompt or "", f"{value:.4g}")
-
-
-def render(parts: Mapping[str, Any]) -> str:
-    """The page of its parts; every text is escaped unless it is one of our figures."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("scores.html.j2").render({**parts, "style": page_style()})
-
-
-def page_style() -> str:
-    """The style of the other report, so that both look alike."""
-    text = (TEMPLATES / "report.html.j2").read_text(encoding="utf-8")
-    return text.partition("<style>")[2].partition("</style>")[0]

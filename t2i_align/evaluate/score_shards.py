@@ -113,7 +113,10 @@ def _prompt(tar: tarfile.TarFile, member: tarfile.TarInfo, keys: tuple[str, ...]
         if member.name.lower().endswith(".txt"):
             return text.strip() or None
         found: Any = json.loads(text)
-        return next((found[k] for k in keys if found.get(k)), None)
+        prompt = next((found[k] for k in keys if found.get(k)), None)
+        if not isinstance(prompt, str | None):
+            raise ValueError(f"its prompt is no text but {prompt!r}")
+        return prompt
     except (ValueError, AttributeError) as error:
         raise DataError(f"{tar.name}: {member.name} cannot be read ({error})") from error
 

@@ -257,8 +257,13 @@ def _folder(folder: Path) -> Iterator[Entry]:
                 if isinstance(path, Path):
                     named.add(path)
     for path in _walk(folder):
-        if path.suffix.lower() in PICTURES and path not in named:
+        if path.suffix.lower() in PICTURES and path not in named and not _is_grid(path):
             yield from _picture(path, bare=False)
+
+
+def _is_grid(path: Path) -> bool:
+    """Whether a picture shows all samples of a GenEval folder."""
+    return path.name == "grid.png" and (path.parent / "samples").is_dir()
 
 
 def _picture(path: Path, bare: bool) -> Iterator[Entry]:
@@ -267,14 +272,20 @@ def _picture(path: Path, bare: bool) -> Iterator[Entry]:
     prompt = None
     if path.parent.name == "samples" and metadata.is_file():
         try:
-            prompt = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])["prompt"]
-        except (ValueError, KeyError, IndexError) as error:
+            first = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])
+            prompt = _text(first["prompt"], str(metadata))
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(
                 f"{metadata}: its first line has no prompt ({error})",
                 'GenEval writes {"prompt": ..., "tag": ..., "include": [...]}',
             ) from error
     elif sidecar.is_file():
-        prompt = sidecar.read_text(encoding="utf-8").strip()
+        try:
+            prompt = sidecar.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            raise DataError(
+                f"cannot read the prompt in {sidecar}: {error}", "save it as UTF-8"
+            ) from error
     yield Entry(str(path), Media("image", path), prompt)
 
 
@@ -315,12 +326,29 @@ def _bare_parquet(path: Path, first: dict[str, Any]) -> Iterator[Entry]:
     else:
         cells = itertools.repeat({}, parquet_file(path).metadata.num_rows)
     for number, row in enumerate(cells):
+        said = _prompt(row, f"{path}:{number}")
         for suffix in suffixes:
-            yield Entry(f"{path}:{number}{suffix}", Media("image", b""), _prompt(row))
+            yield Entry(f"{path}:{number}{suffix}", Media("image", b""), said)
 
 
-def _prompt(cells: dict[str, Any]) -> str | None:
-    return next((cells[c] for c in PROMPT_COLUMNS if cells.get(c)), None)
+def _prompt(cells: dict[str, Any], place: str) -> str | None:
+    found = next((cells[c] for c in PROMPT_COLUMNS if cells.get(c)), None)
+    return None if found is None else _text(found, place)
+
+
+def _text(value: Any, place: str) -> str:
+    """A prompt.
+
+    Raises:
+        DataError: it is no text, or one that no file can hold.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{place}: the prompt is no text but {value!r}", "give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: the prompt is no valid Unicode: {error.reason}") from error
+    return value
 
 
 def _cells(cells: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -339,7 +367,7 @@ def _from_cell(
     """An entry of a table's cell; a ``reference`` column goes into the medium's meta."""
     from t2i_align.data.media import cell_media
 
-    name, prompt = place + suffix, _prompt(cells)
+    name, prompt = place + suffix, _prompt(cells, place)
     try:
         media = cell_media("image", cell, folder)
         if cells.get("reference") is not None:

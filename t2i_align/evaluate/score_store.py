@@ -27,6 +27,7 @@ import numpy as np
 
 from t2i_align.data.cache import atomic, make_folder
 from t2i_align.errors import DataError
+from t2i_align.judges.facts import JudgeFacts
 
 FORMAT = 1
 FLUSH_ROWS = 4096
@@ -34,32 +35,6 @@ FLUSH_SECONDS = 30.0
 EXPORT_ROWS = 4096
 COMPLETE = "complete.json"
 TEXTS = ("file", "prompt", "group", "stamp")
-
-
-@dataclass(frozen=True)
-class JudgeFacts:
-    """What one column of numbers came from.
-
-    Args:
-        name: the judge.
-        version: of its card.
-        weights_sha256: of what it loaded; None for a judge without weights.
-        options: of its card.
-    """
-
-    name: str
-    version: int
-    weights_sha256: str | None
-    options: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {
-            "judge": self.name,
-            "version": self.version,
-            "weights_sha256": self.weights_sha256,
-            "options": dict(self.options),
-        }
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from t2i_align.errors import InterruptedRun, UserError
 from t2i_align.evaluate.score_source import Entry
 from t2i_align.evaluate.score_store import (
     Identity,
-    JudgeFacts,
     ScoredRow,
     ScoreStore,
     write_csv,
@@ -32,16 +31,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from t2i_align.judges.base import Judge, Normalize
+    from t2i_align.judges.facts import JudgeFacts
 
 __all__ = ["write_csv", "write_jsonl", "write_parquet"]
 BATCH = 64
-
-
-@runtime_checkable
-class HasWeights(Protocol):
-    """A judge that says what it loaded."""
-
-    weights_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +87,8 @@ def panel(
     import torch
 
     from t2i_align.judges.base import judge_card, load, normalizer
+    from t2i_align.judges.ensemble import Ensemble
+    from t2i_align.judges.facts import facts_of
 
     cards = [judge_card(name) for name in dict.fromkeys(names)]  # a typo is told before any work
     scales = [normalizer(card) if normalized else None for card in cards]
@@ -101,26 +96,13 @@ def panel(
     members = []
     for card, scale in zip(cards, scales, strict=True):
         judge = load(card.name, where, getattr(torch, dtype))
-        if card.details.get("options", {}).get("rule") == "rank":
+        if isinstance(judge, Ensemble) and judge.options.rule == "rank":
             raise UserError(
                 f"'{card.name}' ranks all samples of a prompt, and pictures are scored in batches",
                 "score its members, or use another rule",
             )
-        options = card.details.get("options", {})
-        facts = JudgeFacts(card.name, card.version, weights_of(judge, card.name), options)
-        members.append(Member(facts, judge, scale))
+        members.append(Member(facts_of(card.name, judge), judge, scale))
     return members
-
-
-def weights_of(judge: Judge, name: str) -> str | None:
-    """SHA-256 of a judge's weights: as the judge says, else of those beside its card."""
-    from t2i_align.catalog import find_root
-    from t2i_align.judges.weight_files import combined, sha256_of
-
-    if isinstance(judge, HasWeights):
-        return judge.weights_sha256
-    files = sorted((find_root() / "reward_models" / name).glob("*.safetensors"))
-    return combined([sha256_of(file) for file in files]) if files else None
 
 
 def device_of(name: str | None) -> str:
@@ -166,11 +148,20 @@ def identify(
 
 
 def judged(members: Sequence[Member], entries: Sequence[Entry]) -> list[ScoredRow]:
-    """What every judge says of a batch."""
+    """What every judge says of a batch.
+
+    Raises:
+        UserError: a judge behind an address is not there; its answers would all be missing.
+    """
     media, prompts = [e.media for e in entries], [e.prompt or "" for e in entries]
     columns = []
     for member in members:
         found = member.judge.score(media, prompts)
+        if found.unreachable:
+            raise UserError(
+                f"judge '{member.name}' cannot be reached: {found.reasons[0]}",
+                "what was scored before is kept; run the same command again once it answers",
+            )
         values = found.values if member.scale is None else member.scale(found.values)
         columns.append(list(zip(values.tolist(), found.reasons, strict=True)))
     rows = []

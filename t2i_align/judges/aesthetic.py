@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores
-from t2i_align.judges.published import Published
-from t2i_align.judges.towers import Tower, TowerOptions, load_tower, of_pictures
+from t2i_align.judges.preprocess import Preprocess
+from t2i_align.judges.published import PictureJudge, Published
+from t2i_align.judges.towers import Tower, TowerOptions, load_tower
 from t2i_align.judges.weights import WeightsOptions, combined, load_tensors, sha256_of
 from t2i_align.options import Options
 
@@ -81,7 +80,7 @@ class AestheticOptions(WeightsOptions):
     batch_size: int = Field(32, ge=1, description="pictures at once")
 
 
-class Aesthetic(Published):
+class Aesthetic(PictureJudge, Published):
     """Eq. (1); see the module."""
 
     Options: ClassVar[type[Options]] = AestheticOptions
@@ -105,7 +104,13 @@ class Aesthetic(Published):
         """Hash of the hashes of head and tower."""
         return combined((sha256_of(self.file), self.tower.sha256))
 
-    def _value(self, inputs: Tensor) -> Tensor:
+    @property
+    def prepare(self) -> Preprocess:
+        """From a picture to the tower's input."""
+        return self.tower.prepare
+
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Eq. (1) ``(B,)`` of prepared pictures; prompts are not read."""
         weight, bias = self.head
         seen = self.tower.trunk.images(inputs)
         if seen.shape[1] != weight.shape[0]:
@@ -115,17 +120,3 @@ class Aesthetic(Published):
                 "each head belongs to the tower it was trained on",
             )
         return F.normalize(seen, dim=-1) @ weight + bias
-
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32, differentiable in the pixels.
-
-        Args:
-            pixels: ``(B, 3, h, w)`` in [0, 1].
-            prompts: B prompts, not read.
-        """
-        return self._value(self.tower.prepare.tensor(pixels))
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-        batch = self.options.batch_size
-        return of_pictures(media, prompts, self.tower.prepare, self._value, batch)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from t2i_align.catalog import Card, cards, find_root
+from t2i_align.catalog import Card, find_root, read_card
 from t2i_align.contract import Media, MediaError
 from t2i_align.data.images import open_image
 from t2i_align.data.media import resolve as resolve_media
@@ -46,10 +46,12 @@ class Scores:
     Args:
         values: ``(B,)`` float32, NaN where the judge failed.
         reasons: B entries, why a value is NaN, None elsewhere.
+        unreachable: all failed for want of a server, so that asking again later makes sense.
     """
 
     values: Tensor
     reasons: tuple[str | None, ...]
+    unreachable: bool = field(default=False, kw_only=True)
 
     @property
     def num_failed(self) -> int:
@@ -148,11 +150,12 @@ def judge_card(name: str) -> Card:
     Raises:
         UserError: no such judge; lists what there is and the nearest match.
     """
-    found = {card.name: card for card in cards("reward_models")}
+    folder = find_root() / "reward_models"
+    found = sorted(path.parent.name for path in folder.glob("*/card.yaml"))
     if name not in found:
-        hint = nearest(name, list(found)) or "see `t2i-align ls judges`"
+        hint = nearest(name, found) or "see `t2i-align ls judges`"
         raise UserError(f"unknown judge '{name}'; known: {', '.join(found)}", hint)
-    return found[name]
+    return read_card(folder / name / "card.yaml")
 
 
 def normalizer(card: Card) -> Normalize:

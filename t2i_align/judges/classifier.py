@@ -13,16 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores
 from t2i_align.judges.preprocess import PRESETS, Preprocess
-from t2i_align.judges.towers import load_folder, of_pictures
-from t2i_align.judges.weights import WeightsOptions, locate, sha256_of
+from t2i_align.judges.published import PictureJudge, Published
+from t2i_align.judges.towers import load_folder
+from t2i_align.judges.weights import WeightsOptions
 from t2i_align.options import Options
 
 
@@ -33,21 +31,12 @@ class ClassifierOptions(WeightsOptions):
     batch_size: int = Field(32, ge=1, description="pictures at once")
 
 
-class Classifier:
+class Classifier(PictureJudge, Published):
     """Eq. (1): the probability of one class of a ViT classifier."""
 
     Options: ClassVar[type[Options]] = ClassifierOptions
 
-    def __init__(
-        self, folder: Path, options: ClassifierOptions, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Load nothing yet."""
-        self.folder, self.options, self.device, self.dtype = folder, options, device, dtype
-
-    @cached_property
-    def source(self) -> Path:
-        """The model's folder."""
-        return locate(self.options, self.folder, self.folder.name)
+    filename = None  # a folder
 
     @cached_property
     def model(self) -> Any:
@@ -58,34 +47,24 @@ class Classifier:
         """
         from transformers import ViTForImageClassification
 
-        model = load_folder(ViTForImageClassification, self.source, self.device, self.dtype)
+        model = load_folder(
+            ViTForImageClassification, self.file, self.device, self.dtype, self.options.sha256
+        )
         if self.options.label not in model.config.label2id:
             known = ", ".join(model.config.label2id)
-            raise ModelError(f"no class '{self.options.label}' in {self.source}; known: {known}")
-        check_processor(self.source, PRESETS["vit"])
+            raise ModelError(f"no class '{self.options.label}' in {self.file}; known: {known}")
+        check_processor(self.file, PRESETS["vit"])
         return model
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """Hash of the folder's weights and configuration."""
-        return sha256_of(self.source)
 
     @cached_property
     def prepare(self) -> Preprocess:
         """From a picture to the network's input."""
         return PRESETS["vit"].sized(self.model.config.image_size)
 
-    def _value(self, inputs: Tensor) -> Tensor:
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Eq. (1) ``(B,)`` of prepared pictures; prompts are not read."""
         logits = self.model(pixel_values=inputs.to(self.device, self.dtype)).logits.float()
         return logits.softmax(-1)[:, int(self.model.config.label2id[self.options.label])]
-
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32 of ``(B, 3, h, w)`` in [0, 1]; prompts are not read."""
-        return self._value(self.prepare.tensor(pixels))
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-        return of_pictures(media, prompts, self.prepare, self._value, self.options.batch_size)
 
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers, as preprocessor_config.json has them

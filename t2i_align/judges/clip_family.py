@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.contract import Media
-from t2i_align.judges.base import Scores
-from t2i_align.judges.preprocess import PRESETS, Preprocess, score_pictures
-from t2i_align.judges.published import Published
+from t2i_align.judges.preprocess import PRESETS, Preprocess
+from t2i_align.judges.published import PictureJudge, Published
 from t2i_align.judges.trunks import Cleaning, ClipTrunk, clip_trunk
 from t2i_align.judges.weights import WeightsOptions, hub_id
 from t2i_align.options import Options
@@ -51,7 +49,7 @@ class ClipOptions(WeightsOptions):
     batch_size: int = Field(32, ge=1, description="pictures at once")
 
 
-class ClipJudge(Published):
+class ClipJudge(PictureJudge, Published):
     """Scaled cosine of a CLIP model; see the module."""
 
     Options: ClassVar[type[Options]] = ClipOptions
@@ -74,24 +72,11 @@ class ClipJudge(Published):
         """From a picture to the network's input."""
         return PRESETS[self.options.preprocess].sized(self.trunk.size)
 
-    def _agreement(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Eq. (2) or (3) ``(B,)`` of prepared pictures."""
         options, trunk = self.options, self.trunk
         said = trunk.texts([options.prefix + p for p in prompts], options.cleaning)
         cosine = F.cosine_similarity(trunk.images(inputs), said, dim=-1)
         if options.clamp:
             cosine = cosine.clamp(min=0)
         return (trunk.scale if options.scale == "learned" else options.scale) * cosine
-
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32, differentiable in the pixels.
-
-        Args:
-            pixels: ``(B, 3, h, w)`` in [0, 1].
-            prompts: B prompts.
-        """
-        return self._agreement(self.prepare.tensor(pixels), prompts)
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-        batch = self.options.batch_size
-        return score_pictures(media, prompts, self.prepare, self._agreement, batch)

@@ -13,6 +13,7 @@ card gives the tolerance).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,9 +23,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores, rgb, score_each
+from t2i_align.judges.published import PictureJudge
 from t2i_align.optional import require
 from t2i_align.options import Options
 
@@ -60,7 +60,33 @@ class DualEncoderOptions(Options):
         return self
 
 
-class DualEncoder:
+@dataclass(frozen=True)
+class OpenClipTransform:
+    """open_clip's evaluation transform for pictures and, with gradients, for float batches.
+
+    Args:
+        steps: of the transform.
+    """
+
+    steps: Sequence[Any]
+
+    def image(self, image: PILImage) -> Tensor:
+        """One picture ``(3, s, s)``."""
+        value: Any = image
+        for step in self.steps:
+            value = step(value)
+        return value
+
+    def tensor(self, pixels: Tensor) -> Tensor:
+        """A batch: the steps up to the conversion to a tensor, clamped, then normalised."""
+        *geometry, _mode, _tensor, normalise = self.steps
+        pixels = pixels.float()
+        for step in geometry:
+            pixels = step(pixels)
+        return normalise(pixels.clamp(0, 1))
+
+
+class DualEncoder(PictureJudge):
     """Cosine or logit of an open_clip model."""
 
     Options: ClassVar[type[Options]] = DualEncoderOptions
@@ -126,21 +152,13 @@ class DualEncoder:
         transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
         return transform.transforms
 
-    def _pixels(self, image: PILImage) -> Tensor:
-        """One picture ``(3, h, w)`` as the model takes it."""
-        value: Any = image
-        for step in self.steps:
-            value = step(value)
-        return value
+    @cached_property
+    def prepare(self) -> OpenClipTransform:
+        """From a picture to the network's input."""
+        return OpenClipTransform(self.steps)
 
-    def _resized(self, pixels: Tensor) -> Tensor:
-        """The same of a float batch: the steps up to the conversion, clamped, then normalised."""
-        *geometry, _mode, _tensor, normalise = self.steps
-        for step in geometry:
-            pixels = step(pixels)
-        return normalise(pixels.clamp(0, 1))
-
-    def _agreement(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine or logit ``(B,)`` of prepared pictures."""
         ids = self.tokenizer([self.options.prefix + p for p in prompts]).to(self.device)
         seen = self.model.encode_image(inputs.to(self.device, self.dtype)).float()
         said = self.model.encode_text(ids).float()
@@ -149,21 +167,3 @@ class DualEncoder:
             return cosine
         bias = 0.0 if self.model.logit_bias is None else self.model.logit_bias.float()
         return self.model.logit_scale.float().exp() * cosine + bias
-
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32, differentiable in the pixels.
-
-        Args:
-            pixels: ``(B, 3, h, w)`` in [0, 1].
-            prompts: B prompts.
-        """
-        return self._agreement(self._resized(pixels.float()), prompts)
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-
-        @torch.inference_mode()
-        def compute(images: list[PILImage], texts: list[str]) -> Tensor:
-            return self._agreement(torch.stack([self._pixels(i) for i in images]), texts)
-
-        return score_each(media, prompts, lambda m, _: rgb(m), compute, self.options.batch_size)

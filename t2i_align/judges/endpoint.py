@@ -27,15 +27,31 @@ if TYPE_CHECKING:
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 LONGEST_WAIT = 60.0
+NOT_THERE = AGAIN | {401, 403, 404}  # whatever is asked
+
+
+class Unreachable(str):
+    """A reason that says nothing of what was asked: no server, no permission, no such model."""
 
 
 class EndpointError(Exception):
-    """No usable reply; ``status`` is None where none came."""
+    """No usable reply.
+
+    Args:
+        reason: in words.
+        status: of HTTP, 200 for a reply that made no sense, None where none came.
+    """
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         """Keep the status beside the reason."""
         super().__init__(reason)
         self.status = status
+
+    @property
+    def reason(self) -> str:
+        """Why, as an :class:`Unreachable` where any other question would have failed as well."""
+        gone = self.status is None or self.status in NOT_THERE
+        return Unreachable(str(self)) if gone else str(self)
 
 
 def key_from(variable: str | None) -> str | None:
@@ -144,7 +160,7 @@ class Endpoint:
             async for chunk in reply.aiter_bytes():
                 body += chunk
                 if len(body) > self.max_bytes:
-                    raise EndpointError(f"a reply of more than {self.max_bytes} bytes")
+                    raise EndpointError(f"a reply of more than {self.max_bytes} bytes", 200)
         if reply.status_code != 200:
             failure = EndpointError(
                 self.safe(f"HTTP {reply.status_code}: {_message(bytes(body))}"), reply.status_code
@@ -155,7 +171,7 @@ class Endpoint:
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise EndpointError(f"the reply is not JSON: {error}") from error
+            raise EndpointError(f"the reply is not JSON: {error}", 200) from error
 
     def safe(self, text: str) -> str:
         """A text without the key, cut to a line."""

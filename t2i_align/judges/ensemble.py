@@ -23,17 +23,17 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from t2i_align.catalog import cards
 from t2i_align.contract import Media
 from t2i_align.errors import UserError
 from t2i_align.judges import ensemble_rules as rules
 from t2i_align.judges.base import Judge, Scores, judge_card, load
+from t2i_align.judges.facts import facts_of
 from t2i_align.options import Options
 
 SIGNS = {"higher is better": 1, "lower is better": -1}
@@ -102,9 +102,9 @@ class Ensemble:
             UserError: an unknown judge, a member without a direction, or an ensemble inside this.
         """
         self.options, self.device, self.dtype = options, device, dtype
-        known = {card.name: card for card in cards("reward_models")}  # one pass over the catalogue
-        for name in (*(m.judge for m in options.members), *options.held_out):
-            card = known.get(name) or judge_card(name)  # the latter raises
+        names = (*(m.judge for m in options.members), *options.held_out)
+        known = {name: judge_card(name) for name in names}
+        for name, card in known.items():
             if (card.implementation or "").startswith(__name__):
                 raise UserError(f"'{name}' is an ensemble; name its judges instead")
         self.signs = [_sign(m, known[m.judge].direction) for m in options.members]
@@ -124,6 +124,13 @@ class Ensemble:
             if (found := getattr(self.judges[m.judge], "weights_sha256", None))
         ]
         return hashlib.sha256("\n".join(known).encode()).hexdigest() if known else None
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """The facts of its members."""
+        return {
+            m.judge: facts_of(m.judge, self.judges[m.judge]).to_dict() for m in self.options.members
+        }
 
     def members(self, media: Sequence[Media], prompts: Sequence[str]) -> dict[str, Scores]:
         """What every member and then every held-out judge says, on its own scale."""

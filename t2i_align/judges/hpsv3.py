@@ -13,9 +13,8 @@ different function that some ports compute. The head works in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +24,8 @@ from t2i_align.contract import Media
 from t2i_align.judges.base import Scores, rgb, score_each
 from t2i_align.judges.hpsv3_inputs import Chat, Patcher, Patches, read_template
 from t2i_align.judges.hpsv3_model import load_base, load_model
-from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
+from t2i_align.judges.published import Published
+from t2i_align.judges.weights import WeightsOptions, load_tensors
 from t2i_align.options import Options
 
 
@@ -51,7 +51,7 @@ class HPSv3Options(WeightsOptions):
     batch_size: int = Field(4, ge=1, description="pictures at once")
 
 
-class HPSv3:
+class HPSv3(Published):
     """mu of Eq. (1), and sigma where it is asked for."""
 
     Options: ClassVar[type[Options]] = HPSv3Options
@@ -64,9 +64,8 @@ class HPSv3:
         Raises:
             ModelError: they are not there, or not in the published layout.
         """
-        self.options, self.device = options, device
+        super().__init__(folder, options, device, dtype)
         template = read_template(folder / options.template_file)
-        self.path = locate(options, folder, "hpsv3")
         config, tokenizer = load_base(options.base, options.base_revision, folder)
         vision = config.vision_config
         self.patcher = Patcher(
@@ -75,13 +74,13 @@ class HPSv3:
         )  # fmt: skip
         self.chat = Chat(tokenizer, template, vision.spatial_merge_size)
         self.model = load_model(
-            load_tensors(self.path, options.sha256), config, len(tokenizer), dtype
+            load_tensors(self.file, options.sha256), config, len(tokenizer), dtype
         ).to(device)
 
-    @cached_property
-    def weights_sha256(self) -> str | None:
-        """Hash of the weights' file."""
-        return sha256_of(self.path)
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """The question's text."""
+        return {"template": self.chat.template}
 
     def inputs(self, patches: Sequence[Patches], prompts: Sequence[str]) -> tuple[dict, Tensor]:
         """The model's inputs, and the place of the reading token in each row."""

@@ -19,14 +19,13 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores
 from t2i_align.judges.imagereward_model import load_model
-from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, score_pictures
-from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
+from t2i_align.judges.preprocess import PRESETS, Preprocess
+from t2i_align.judges.published import PictureJudge, Published
+from t2i_align.judges.weights import WeightsOptions, load_tensors
 from t2i_align.options import Options
 
 MAX_LENGTH = 35
@@ -45,7 +44,7 @@ class ImageRewardOptions(WeightsOptions):
     batch_size: int = Field(32, ge=1, description="pictures at once")
 
 
-class ImageReward:
+class ImageReward(PictureJudge, Published):
     """Eq. (1) of pictures and prompts."""
 
     Options: ClassVar[type[Options]] = ImageRewardOptions
@@ -58,25 +57,43 @@ class ImageReward:
         Raises:
             ModelError: they are not there, or not in the published layout.
         """
-        self.options, self.device, self.dtype = options, device, dtype
-        self.path = locate(options, folder, "imagereward")
-        self.tokenizer = bert_tokenizer(options.tokenizer, options.tokenizer_revision, folder)
-        self.model = load_model(load_tensors(self.path, options.sha256)).to(device, dtype)
-        self.model.head.float()
-        if len(self.tokenizer) > self.model.text.config.vocab_size:
-            raise ModelError(
-                f"the tokenizer '{options.tokenizer}' has {len(self.tokenizer)} tokens, the "
-                f"weights {self.model.text.config.vocab_size}",
-                "options.tokenizer must be bert-base-uncased",
-            )
-        self.preprocess = Preprocess(
-            self.model.image_size, "shortest", "bicubic", CLIP_MEAN, CLIP_STD
-        )
+        super().__init__(folder, options, device, dtype)
+        _ = self.tokenizer  # which looks at the model too
 
     @cached_property
-    def weights_sha256(self) -> str | None:
-        """Hash of the weights' file."""
-        return sha256_of(self.path)
+    def model(self) -> Any:
+        """The network.
+
+        Raises:
+            ModelError: the weights are not there, or not in the published layout.
+        """
+        model = load_model(load_tensors(self.file, self.options.sha256))
+        head, model.head = model.head, nn.Sequential()  # which stays float32
+        model.to(self.device, self.dtype)
+        model.head = head.to(self.device)
+        return model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """BERT's tokenizer.
+
+        Raises:
+            ModelError: it is not there, or is another one.
+        """
+        name = self.options.tokenizer
+        made = bert_tokenizer(name, self.options.tokenizer_revision, self.folder)
+        if len(made) > self.model.text.config.vocab_size:
+            raise ModelError(
+                f"the tokenizer '{name}' has {len(made)} tokens, the weights "
+                f"{self.model.text.config.vocab_size}",
+                "options.tokenizer must be bert-base-uncased",
+            )
+        return made
+
+    @cached_property
+    def prepare(self) -> Preprocess:
+        """From a picture to the network's input."""
+        return PRESETS["clip"].sized(self.model.image_size)
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask ``(B, 35)`` on the device."""
@@ -89,22 +106,9 @@ class ImageReward:
         )
         return made.input_ids.to(self.device), made.attention_mask.to(self.device)
 
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32 with gradient.
-
-        Args:
-            pixels: ``(B, 3, h, w)`` in [0, 1].
-            prompts: B prompts.
-        """
-        return self._scores(self.preprocess.tensor(pixels), prompts)
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-        batch = self.options.batch_size
-        return score_pictures(media, prompts, self.preprocess, self._scores, batch)
-
-    def _scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.model(pixels.to(self.device, self.dtype), *self.tokens(prompts))
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Eq. (1) ``(B,)`` of prepared pictures."""
+        return self.model(inputs.to(self.device, self.dtype), *self.tokens(prompts))
 
 
 def bert_tokenizer(name: str, revision: str | None, folder: Path) -> Any:

@@ -8,25 +8,25 @@ padding matters: the end token again, as transformers' tokenizer of this CLIP pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores
 from t2i_align.judges.clip_config import clip_config
 from t2i_align.judges.key_map import renamed
 from t2i_align.judges.mps_model import COUNTERS, KEYS, MPSModel
-from t2i_align.judges.preprocess import PRESETS, score_pictures
+from t2i_align.judges.preprocess import PRESETS, Preprocess
+from t2i_align.judges.published import PictureJudge, Published
 from t2i_align.judges.trunks import clip_tokens, frozen
-from t2i_align.judges.weights import WeightsOptions, load_tensors, locate, sha256_of
+from t2i_align.judges.weights import WeightsOptions, load_tensors
 from t2i_align.options import Options
 
+END = 49407  # of CLIP's tokenizer
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
     "structure, instance, texture, quantity, attributes, position, number, location, word, things."
@@ -49,7 +49,7 @@ class MPSOptions(WeightsOptions):
     batch_size: int = Field(16, ge=1, description="pictures at once")
 
 
-class MPS:
+class MPS(PictureJudge, Published):
     """Eq. (3) of pictures and prompts."""
 
     Options: ClassVar[type[Options]] = MPSOptions
@@ -62,43 +62,46 @@ class MPS:
         Raises:
             ModelError: they are not there, or not in the published layout.
         """
-        self.options, self.device, self.dtype = options, device, dtype
-        self.path = locate(options, folder, "mps")
-        config = clip_config(self.path, options.architecture, "laion")
-        self.model = load_model(load_tensors(self.path, options.sha256), config, device, dtype)
-        size = config.vision_config.image_size
-        self.preprocess = PRESETS["clip_transformers"].sized(size)
-        self.end: int = config.text_config.eos_token_id
-        self.condition = self.tokens([options.condition])
+        super().__init__(folder, options, device, dtype)
+        _ = self.model
 
     @cached_property
-    def weights_sha256(self) -> str | None:
-        """Hash of the weights' file."""
-        return sha256_of(self.path)
+    def config(self) -> Any:
+        """Of the trunk; the end of text is the tokenizer's, whatever a config says."""
+        made = clip_config(self.file, self.options.architecture, "laion")
+        made.text_config.eos_token_id = END
+        return made
+
+    @cached_property
+    def model(self) -> MPSModel:
+        """The network.
+
+        Raises:
+            ModelError: the weights are not there, or not in the published layout.
+        """
+        published = load_tensors(self.file, self.options.sha256)
+        return load_model(published, self.config, self.device, self.dtype)
+
+    @cached_property
+    def prepare(self) -> Preprocess:
+        """From a picture to the network's input."""
+        return PRESETS["clip_transformers"].sized(self.config.vision_config.image_size)
+
+    @cached_property
+    def condition(self) -> Tensor:
+        """Ids ``(1, 77)`` of what pictures are judged by."""
+        return self.tokens([self.options.condition])
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Ids ``(B, 77)`` on the device, the end token from the end on."""
         ids = clip_tokens(prompts, "plain").to(self.device)
-        behind = (ids == self.end).cumsum(-1) > 0
-        return ids.masked_fill(behind, self.end)
+        behind = (ids == END).cumsum(-1) > 0
+        return ids.masked_fill(behind, END)
 
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32 with gradient.
-
-        Args:
-            pixels: ``(B, 3, h, w)`` in [0, 1].
-            prompts: B prompts.
-        """
-        return self._scores(self.preprocess.tensor(pixels), prompts)
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-        batch = self.options.batch_size
-        return score_pictures(media, prompts, self.preprocess, self._scores, batch)
-
-    def _scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Eq. (3) ``(B,)`` of prepared pictures."""
         ids, threshold = self.tokens(prompts), self.options.threshold
-        return self.model(pixels.to(self.device, self.dtype), ids, self.condition, threshold)
+        return self.model(inputs.to(self.device, self.dtype), ids, self.condition, threshold)
 
 
 def load_model(
@@ -112,7 +115,8 @@ def load_model(
     weights = {k: v for k, v in published.items() if not k.endswith(COUNTERS)}
     ours = renamed(weights, KEYS, "MPS")
     try:
-        return frozen(lambda: MPSModel(config, published), ours, "MPS", device, dtype)
+        build = partial(MPSModel, config, published)
+        return frozen(build, ours, "MPS", device, dtype, ("clip.logit_scale",))
     except KeyError as error:
         raise ModelError(
             f"MPS: the weights lack {error}",

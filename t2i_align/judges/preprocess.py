@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,18 @@ CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 HALF: Triple = (0.5, 0.5, 0.5)
+
+
+class Prepare(Protocol):
+    """What makes inputs of pictures."""
+
+    def image(self, image: PILImage) -> Tensor:
+        """One RGB picture, ``(3, s, s)`` float32, by the published road."""
+        ...
+
+    def tensor(self, pixels: Tensor) -> Tensor:
+        """``(B, 3, s, s)`` of ``(B, 3, h, w)`` in [0, 1], differentiable."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ PRESETS: dict[str, Preprocess] = {
 def score_pictures(
     media: Sequence[Media],
     prompts: Sequence[str],
-    prepare: Preprocess,
+    prepare: Prepare,
     value: Callable[[Tensor, list[str]], Tensor],
     batch_size: int,
 ) -> Scores:

@@ -25,15 +25,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from t2i_align.contract import Media, MediaError
 from t2i_align.errors import ModelError
 from t2i_align.judges.base import Scores
-from t2i_align.judges.endpoint import Endpoint, EndpointError, key_from
+from t2i_align.judges.endpoint import Endpoint, EndpointError, Unreachable, key_from
 from t2i_align.judges.remote_chat import Found, Questions, checked
 from t2i_align.judges.remote_options import RemoteOptions, checked_url
 from t2i_align.judges.vlm_common import paired, picture, scores_of
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     import httpx2
 
 Item = tuple[Media, str]
+T = TypeVar("T")
 
 
 class Remote:
@@ -71,6 +73,21 @@ class Remote:
         self.wants_logprobs = options.logprobs != "never" and options.read != "text"
         self.questions = Questions(options)
 
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """Address and model; where no model is named, the endpoint is asked for it.
+
+        Raises:
+            ModelError: the endpoint lists none.
+        """
+        if self.options.protocol == "chat" and self.model is None:
+            self.model = _run(self._listed())
+        return {"url": self.endpoint.url, "model": self.model}
+
+    async def _listed(self) -> str:
+        async with self.endpoint.open() as client:
+            return await self._first_model(client)
+
     def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
         """One number a picture.
 
@@ -83,7 +100,9 @@ class Remote:
         """
         items = paired(media, prompts)
         work = self._score(items) if self.options.protocol == "score" else self._chat(items)
-        return scores_of(_run(work))
+        found = _run(work)
+        gone = bool(found) and all(isinstance(f, Unreachable) for f in found)
+        return replace(scores_of(found), unreachable=gone)
 
     async def _each(
         self, items: Sequence[Any], work: Callable[[httpx2.AsyncClient, Any], Awaitable[Any]]
@@ -115,8 +134,10 @@ class Remote:
                 image = await asyncio.to_thread(picture, item[0], self.options.max_pixels)
                 url = await asyncio.to_thread(to_url, image)
                 return self.questions.read(await self._answer(client, url, item[1]))
-            except (MediaError, EndpointError) as error:
+            except MediaError as error:
                 return str(error)
+            except EndpointError as error:
+                return error.reason
 
         return await self._each(items, work)
 
@@ -179,14 +200,14 @@ class Remote:
         try:
             reply = checked(ScoreReply, await self.endpoint.ask(client, "score", body))
         except EndpointError as error:
-            return [str(error)] * num
+            return [error.reason] * num
         if not num == len(reply.values) == len(reply.reasons):
             return [f"{len(reply.values)} values came back for {num} pictures"] * num
         pairs = zip(reply.values, reply.reasons, strict=True)
         return [why or "no value, and no reason given" if v is None else v for v, why in pairs]
 
 
-def _run(work: Coroutine[Any, Any, list[Found]]) -> list[Found]:
+def _run(work: Coroutine[Any, Any, T]) -> T:
     """A coroutine's result, whether or not this thread runs an event loop."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()

@@ -114,4 +114,5 @@ def checked(kind: type[R], reply: Any) -> R:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise EndpointError(f"no {kind.__name__} came back: {where}: {first['msg']}") from error
+        told = f"no {kind.__name__} came back: {where}: {first['msg']}"
+        raise EndpointError(told, 200) from error

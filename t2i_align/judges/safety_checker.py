@@ -10,7 +10,7 @@ difference is rounded to three decimals, and a hit on one of 3 further concepts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +19,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores
 from t2i_align.judges.clip_config import beside, named_config
 from t2i_align.judges.clip_layout import plain
 from t2i_align.judges.preprocess import PRESETS, Preprocess
-from t2i_align.judges.published import Published
-from t2i_align.judges.towers import of_pictures
+from t2i_align.judges.published import PictureJudge, Published
 from t2i_align.judges.trunks import frozen
 from t2i_align.judges.weights import WeightsOptions, load_tensors
 from t2i_align.options import Options
@@ -59,10 +56,12 @@ def safety_model(
         for k, v in plain(load_tensors(file, sha256)).items()
     }
     what = "diffusers' safety checker"
-    return frozen(lambda: StableDiffusionSafetyChecker(config), tensors, what, device, dtype)
+    exact = ("concept_embeds", "concept_embeds_weights")  # thresholds have three decimals
+    build = partial(StableDiffusionSafetyChecker, config)
+    return frozen(build, tensors, what, device, dtype, exact)
 
 
-class SafetyChecker(Published):
+class SafetyChecker(PictureJudge, Published):
     """Eq. (1): how far the nearest concept is over its threshold."""
 
     Options: ClassVar[type[Options]] = SafetyOptions
@@ -77,17 +76,10 @@ class SafetyChecker(Published):
         """From a picture to the network's input."""
         return PRESETS["clip_transformers"].sized(self.model.config.vision_config.image_size)
 
-    def _value(self, inputs: Tensor) -> Tensor:
+    def value(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Eq. (1) ``(B,)`` of prepared pictures; prompts are not read."""
         model = self.model
         pooled = model.vision_model(inputs.to(self.device, self.dtype)).pooler_output
         seen = F.normalize(model.visual_projection(pooled).float(), dim=-1)
         concepts = F.normalize(model.concept_embeds.float(), dim=-1)
         return (seen @ concepts.T - model.concept_embeds_weights.float()).amax(-1)
-
-    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``(B,)`` float32 of ``(B, 3, h, w)`` in [0, 1]; prompts are not read."""
-        return self._value(self.prepare.tensor(pixels))
-
-    def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
-        """One number a picture."""
-        return of_pictures(media, prompts, self.prepare, self._value, self.options.batch_size)

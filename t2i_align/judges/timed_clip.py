@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -137,22 +136,17 @@ class TimedClip:
     def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
         """One number a picture; ``meta["level"]`` of a medium is its level, where it has one."""
 
-        def read(medium: Media, _prompt: str) -> tuple[Media, float]:
+        def read(medium: Media, _prompt: str) -> tuple[Tensor, float]:
             level = float(medium.meta.get("level", self.options.level))
-            return Media("image", _tensor(rgb(medium))), level
+            return self.base.prepare.image(rgb(medium)), level
 
         @torch.no_grad()
-        def compute(found: list[tuple[Media, float]], texts: list[str]) -> Tensor:
+        def compute(found: list[tuple[Tensor, float]], texts: list[str]) -> Tensor:
+            inputs = torch.stack([image for image, _ in found])
             with self.modulation.at(self.levels(torch.tensor([level for _, level in found]))):
-                return self.base.score([medium for medium, _ in found], texts).values
+                return self.base.value(inputs, texts)
 
-        batch = self.base.options.batch_size  # the base reads each of ours as one of its own
-        return score_each(media, prompts, read, compute, batch)
-
-
-def _tensor(image: Any) -> Tensor:
-    """An RGB picture as ``(3, h, w)`` in [0, 1]; back in bytes it is the same picture."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return score_each(media, prompts, read, compute, self.base.options.batch_size)
 
 
 def vision_tower(judge: Any) -> torch.nn.Module:

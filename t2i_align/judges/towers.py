@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,13 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from t2i_align.contract import Media
 from t2i_align.errors import ModelError
-from t2i_align.judges.base import Scores
-from t2i_align.judges.preprocess import PRESETS, Preprocess, score_pictures
+from t2i_align.judges.preprocess import PRESETS, Preprocess
 from t2i_align.judges.siglip import siglip_trunk
 from t2i_align.judges.trunks import clip_trunk
-from t2i_align.judges.weights import WeightsOptions, hub_id, locate, sha256_of
+from t2i_align.judges.weights import WeightsOptions, check_hash, hub_id, locate, sha256_of
 
 
 class Trunk(Protocol):
@@ -83,27 +81,8 @@ def load_tower(
     elif options.tower == "siglip":
         trunk = siglip_trunk(source.absolute(), device, dtype, options.sha256)
     else:
-        trunk = vit_trunk(source.absolute(), device, dtype)
+        trunk = vit_trunk(source.absolute(), device, dtype, options.sha256)
     return Tower(trunk, PRESETS[options.preprocess].sized(trunk.size), source)
-
-
-def of_pictures(
-    media: Sequence[Media],
-    prompts: Sequence[str],
-    prepare: Preprocess,
-    value: Callable[[Tensor], Tensor],
-    batch_size: int,
-) -> Scores:
-    """One number a picture, whatever its prompt.
-
-    Args:
-        media: B pictures.
-        prompts: B prompts, not read.
-        prepare: makes the input of a network.
-        value: numbers ``(n,)`` of inputs ``(n, 3, s, s)``.
-        batch_size: pictures at once.
-    """
-    return score_pictures(media, prompts, prepare, lambda inputs, _: value(inputs), batch_size)
 
 
 class VitTrunk:
@@ -121,7 +100,9 @@ class VitTrunk:
 
 
 @cache
-def vit_trunk(folder: Path, device: torch.device, dtype: torch.dtype) -> VitTrunk:
+def vit_trunk(
+    folder: Path, device: torch.device, dtype: torch.dtype, sha256: str | None = None
+) -> VitTrunk:
     """The ViT of a transformers folder, without pooler.
 
     Raises:
@@ -129,11 +110,17 @@ def vit_trunk(folder: Path, device: torch.device, dtype: torch.dtype) -> VitTrun
     """
     from transformers import ViTModel
 
-    return VitTrunk(load_folder(ViTModel, folder, device, dtype, pooling=False))
+    return VitTrunk(load_folder(ViTModel, folder, device, dtype, sha256, pooling=False))
 
 
 def load_folder(
-    cls: Any, folder: Path, device: torch.device, dtype: torch.dtype, *, pooling: bool = True
+    cls: Any,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    sha256: str | None = None,
+    *,
+    pooling: bool = True,
 ) -> Any:
     """A transformers model from its folder, frozen; no pickle is read, every weight is there.
 
@@ -142,11 +129,14 @@ def load_folder(
         folder: config.json and safetensors.
         device: where it goes.
         dtype: of its weights.
+        sha256: that model.safetensors must have.
         pooling: False leaves the pooler out, where the class has that choice.
 
     Raises:
-        ModelError: unreadable, or keys that do not fit.
+        ModelError: unreadable, another hash, or keys that do not fit.
     """
+    if sha256 is not None:
+        check_hash(folder / "model.safetensors", sha256)
     extra: dict[str, Any] = {} if pooling else {"add_pooling_layer": False}
     try:
         with torch.inference_mode(False):  # weights made in it would refuse gradients later

@@ -11,7 +11,7 @@ end kept. ``cleaning`` says what is done to a text before: ``ftfy`` as OpenAI's 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,12 @@ def clip_tokens(prompts: Sequence[str], cleaning: Cleaning) -> Tensor:
 
 
 def frozen(
-    build: Any, tensors: dict[str, Tensor], what: str, device: torch.device, dtype: torch.dtype
+    build: Any,
+    tensors: dict[str, Tensor],
+    what: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    exact: Collection[str] = (),
 ) -> Any:
     """A network with exactly these weights, in evaluation mode, without gradients of its own.
 
@@ -91,6 +96,7 @@ def frozen(
         what: the subject of the error's sentence.
         device: where it goes.
         dtype: of its floats.
+        exact: names that stay float32: small ones that numbers are read off.
     """
     with torch.inference_mode(False):  # weights made in it would refuse gradients later
         with torch.device("meta"):
@@ -101,7 +107,12 @@ def frozen(
                 owner, _, own = name.rpartition(".")
                 values = torch.arange(buffer.shape[-1]).expand(buffer.shape)
                 module.get_submodule(owner).register_buffer(own, values, persistent=False)
-        return module.to(device, dtype).eval().requires_grad_(False)
+        kept = {k: v.detach().clone() for k, v in module.named_parameters() if k in exact}
+        module.to(device, dtype)
+        for name, parameter in module.named_parameters():
+            if name in kept:
+                parameter.data = kept[name].to(device)
+        return module.eval().requires_grad_(False)
 
 
 def clip_trunk(

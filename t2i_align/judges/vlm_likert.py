@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -78,6 +78,11 @@ class VLMLikert:
             self.ids = self.vlm.first_tokens(options.grades())
 
     @property
+    def depends_on(self) -> dict[str, Any]:
+        """The question's text."""
+        return {"template": self.template}
+
+    @property
     def weights_sha256(self) -> str:
         """Hash of the model's weights."""
         return self.vlm.weights_sha256
@@ -96,7 +101,8 @@ class VLMLikert:
             log = level_logs(self.vlm.slot(self.talks(images, texts)), self.ids)
             return expectation(log, self.options.values())
 
-        def read(medium: Media, _prompt: str) -> PILImage:
+        def read(medium: Media, prompt: str) -> PILImage:
+            self.vlm.check(prompt)
             return picture(medium, self.options.max_pixels)
 
         return score_each(media, prompts, read, compute, self.options.batch_size)
@@ -119,8 +125,9 @@ class VLMLikert:
     def _written_batch(self, pairs: Sequence[tuple[Media, str]]) -> list[float | str]:
         found: list[float | str] = [""] * len(pairs)
         images: dict[int, PILImage] = {}
-        for i, (medium, _) in enumerate(pairs):
+        for i, (medium, prompt) in enumerate(pairs):
             try:
+                self.vlm.check(prompt)
                 images[i] = picture(medium, self.options.max_pixels)
             except MediaError as error:
                 found[i] = str(error)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from t2i_align.contract import MediaError
 from t2i_align.errors import ModelError
 from t2i_align.judges.vlm_common import Talk, VLMOptions
 from t2i_align.judges.weights import combined, sha256_of, weights_home
@@ -82,6 +83,22 @@ class VisionLanguage:
         assert found is not None
         files = sorted(p for p in Path(found).parent.iterdir() if p.suffix in WEIGHTS)
         return combined(f"{p.name}\0{sha256_of(p)}" for p in files)
+
+    @cached_property
+    def control(self) -> list[str]:
+        """Texts that the tokenizer reads as structure: ends of turns, places of pictures."""
+        added = [t for t in self.tokenizer.get_added_vocab() if t.startswith(("<", "["))]
+        return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *added]))
+
+    def check(self, prompt: str) -> None:
+        """Refuse a prompt that would be read as structure, and so could answer for itself.
+
+        Raises:
+            MediaError: it holds a control token.
+        """
+        found = next((token for token in self.control if token in prompt), None)
+        if found is not None:
+            raise MediaError(f"the prompt holds '{found}', a control token of the judge")
 
     def first_tokens(self, levels: Mapping[str, Sequence[str]]) -> list[list[int]]:
         """Ids T_k of Eq. (1) for each level.

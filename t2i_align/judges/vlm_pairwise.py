@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -95,6 +95,11 @@ class VLMPairwise:
         self.ids = self.vlm.first_tokens({"second": options.second, "first": options.first})
 
     @property
+    def depends_on(self) -> dict[str, Any]:
+        """The question's text."""
+        return {"template": self.template}
+
+    @property
     def weights_sha256(self) -> str:
         """Hash of the model's weights."""
         return self.vlm.weights_sha256
@@ -150,7 +155,8 @@ class VLMPairwise:
         talks = [talk(pair, q, self.options.slot) for pair, q in zip(pairs, questions, strict=True)]
         return expectation(level_logs(self.vlm.slot(talks), self.ids), (0.0, 1.0))
 
-    def _read(self, medium: Media, _prompt: str) -> Pair:
+    def _read(self, medium: Media, prompt: str) -> Pair:
+        self.vlm.check(prompt)
         other = medium.meta.get("reference")
         if not isinstance(other, Media):
             raise MediaError(

@@ -100,7 +100,8 @@ class VQAScore:
         def compute(images: list[PILImage], texts: list[str]) -> Tensor:
             return self.ask(images, [options.template.replace("{prompt}", t) for t in texts])
 
-        def read(medium: Media, _prompt: str) -> PILImage:
+        def read(medium: Media, prompt: str) -> PILImage:
+            self.vlm.check(prompt)
             return picture(medium, options.max_pixels)
 
         return score_each(media, prompts, read, compute, options.batch_size)

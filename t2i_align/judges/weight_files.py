@@ -75,6 +75,16 @@ def _check_pickle(path: Path, sha256: str | None) -> None:
         raise _other_hash(path, sha256, found)
 
 
+def check_hash(path: Path, wanted: str) -> None:
+    """Refuse a file that is not the one that was meant.
+
+    Raises:
+        ModelError: missing, or another hash.
+    """
+    if sha256_of(path) != wanted:
+        raise _other_hash(path, wanted, sha256_of(path))
+
+
 def _other_hash(path: Path, wanted: str, found: str) -> ModelError:
     return ModelError(
         f"{path.name} has sha256 {found}, not {wanted}",

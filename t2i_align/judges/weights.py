@@ -19,6 +19,7 @@ from pydantic import Field
 from t2i_align.errors import ModelError
 from t2i_align.judges.weight_files import (
     PICKLES,
+    check_hash,
     combined,
     load_strict,
     load_tensors,
@@ -29,6 +30,7 @@ from t2i_align.options import Options
 __all__ = [
     "VARIABLE",
     "WeightsOptions",
+    "check_hash",
     "combined",
     "hub_id",
     "load_strict",

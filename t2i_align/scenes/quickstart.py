@@ -256,7 +256,8 @@ def summarise(out: Path, ledger: Ledger) -> dict[str, Any]:
 
 def report(out: Path, summary: dict[str, Any]) -> Path:
     """The HTML report beside the summary."""
-    from t2i_align.evaluate.report import Section, build_report
+    from t2i_align.evaluate.pages import Section
+    from t2i_align.evaluate.report import build_report
 
     judges = [
         {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,9 +23,11 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """
     from t2i_align.train.checkpoint import is_storage_failure
     from t2i_align.train.offline import OfflineRun
+    from t2i_align.train.output import occupied
 
     try:
-        return OfflineRun(recipe, console or Console(stderr=True)).run()
+        with occupied(Path(recipe.output_dir).expanduser()):
+            return OfflineRun(recipe, console or Console(stderr=True)).run()
     except OSError as error:
         if not is_storage_failure(error):
             raise

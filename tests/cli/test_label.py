@@ -22,7 +22,7 @@ from t2i_align.data.label_source import LabelledSource, build_source
 from t2i_align.data.records import Record
 from t2i_align.errors import DataError, RecipeError
 from t2i_align.evaluate import scoring
-from t2i_align.judges import base
+from t2i_align.judges import base, facts
 from t2i_align.recipe import load_recipe
 
 
@@ -240,10 +240,10 @@ def test_numbers_are_kept_by_judges_version_weights_and_data(
     assert prints(group_by="prompt") != first and asked == [8]
     assert prints(report_judges=["sharpness"]) == first, "a held-out judge changes no label"
     assert asked == [8, 8]
-    weights = scoring.weights_of
-    monkeypatch.setattr(scoring, "weights_of", lambda j, n: "ab" * 32)
+    weights = facts.weights_of
+    monkeypatch.setattr(facts, "weights_of", lambda j, n: "ab" * 32)
     assert prints() != first and asked == [8] * 3
-    monkeypatch.setattr(scoring, "weights_of", weights)
+    monkeypatch.setattr(facts, "weights_of", weights)
     write_parquet(file, pair_rows([1.0] * 6))
     assert prints() != first and asked == [8, 8, 8, 12]
 
@@ -315,3 +315,17 @@ def test_the_shipped_recipes_train_on_their_judges_labels(judge: str, tmp_path: 
     for record in records:
         better, worse = (item.value for item in record.items)
         assert better is not None and worse is not None and better > worse
+
+
+def test_the_judge_an_ensemble_holds_out_is_reported_of_labels_too(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "x.parquet", pair_rows([1.0] * 4))
+    rows = [r | {"caption": "a photo of a red car"} for r in pair_rows([1.0] * 4)]
+    write_parquet(file, rows)
+    made = built(file, tmp_path / "cache", label_by=label_by(judges=["ensemble_scenes"]))
+    list(made)
+    (told,) = (tmp_path / "cache").rglob("labels.json")
+    said = json.loads(told.read_text())["judges"]
+    assert {name: line["held_out"] for name, line in said.items()} == {
+        "ensemble_scenes": False,
+        "scenes_exact": True,
+    }

@@ -412,3 +412,31 @@ def test_stopped_and_continued_gives_the_same_files(
     for kind in ("csv", "jsonl", "parquet"):
         paths = [tmp_path / side / f"o.{kind}" for side in ("x", "y")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [(7, ":1: the prompt is no text but 7"), ("\ud800 car", ":1: the prompt is no valid Unicode")],
+)
+def test_a_prompt_that_is_no_text_is_named_before_any_work(
+    tmp_path: Path, prompt: Any, text: str
+) -> None:
+    picture(tmp_path / "a.png", CAR)
+    rows = [{"image": "a.png", "prompt": p} for p in (CAR, prompt)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=text):
+        Pictures([tmp_path / "t.jsonl"]).survey()
+
+
+def test_a_sidecar_in_another_encoding_is_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", CAR)
+    (tmp_path / "a.txt").write_bytes("ein grünes Auto".encode("latin-1"))
+    with pytest.raises(DataError, match=r"cannot read the prompt in .*a\.txt(?s:.*)UTF-8"):
+        Pictures([tmp_path]).survey()
+
+
+def test_the_grid_of_a_geneval_folder_is_no_sample(tmp_path: Path) -> None:
+    picture(tmp_path / "00000/samples/0000.png", CAR)
+    picture(tmp_path / "00000/grid.png", CAR)
+    (tmp_path / "00000/metadata.jsonl").write_text(json.dumps({"prompt": CAR}))
+    assert [Path(e.name).name for e in collect([tmp_path])] == ["0000.png"]

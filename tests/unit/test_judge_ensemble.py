@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2i_align.catalog import cards, find_root
+from t2i_align.catalog import find_root
 from t2i_align.contract import Media
 from t2i_align.errors import UserError
-from t2i_align.judges import ensemble as module
 from t2i_align.judges import ensemble_rules as rules
+from t2i_align.judges import facts
 from t2i_align.judges.base import Scores, judge_card, load
 from t2i_align.judges.ensemble import Ensemble, EnsembleOptions
 from t2i_align.scenes import golden
@@ -27,14 +25,6 @@ TWO = [
     {"judge": "scenes_exact", "weight": 3.0, "mean": 0.5, "std": 0.25},
     {"judge": "saturation", "mean": 0.1, "std": 0.05, "direction": -1},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue_once() -> Iterator[None]:
-    """Many ensembles are built here; the cards are read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "cards", cache(cards))
-        yield
 
 
 def ensemble(**options: Any) -> Ensemble:
@@ -206,3 +196,17 @@ def test_golden_values(bundled: Ensemble) -> None:
     known = [row["value"] for row in json.loads(path.read_text())]
     assert values == pytest.approx(known, abs=card.details["golden_tolerance"])
     assert bundled.options.held_out == ("scenes_exact",)
+
+
+def test_numbers_belong_to_the_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member's new version or weights are another ensemble, though its own card is the same."""
+    made = ensemble()
+    first = made.depends_on
+    assert list(first) == ["scenes_exact", "saturation"]
+    assert first["saturation"]["version"] == judge_card("saturation").version
+    changed = judge_card("saturation").model_copy(update={"version": 99})
+    monkeypatch.setattr(
+        facts, "judge_card", lambda n: changed if n == "saturation" else judge_card(n)
+    )
+    assert made.depends_on["saturation"]["version"] == 99
+    assert made.depends_on["scenes_exact"] == first["scenes_exact"]

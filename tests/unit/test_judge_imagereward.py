@@ -162,7 +162,7 @@ def test_the_judge_is_the_published_network(judge: ImageReward) -> None:
     media = pictures(4)
     pixels = torch.stack([m.data for m in media])
     ids, mask = judge.tokens(TEXTS)
-    expected = transcription(published(), judge.preprocess.tensor(pixels), ids, mask)
+    expected = transcription(published(), judge.prepare.tensor(pixels), ids, mask)
     found = judge.score_tensor(pixels, TEXTS)
     assert expected.std() > 0.05
     assert (found - expected).abs().max() <= 1e-5
@@ -259,7 +259,7 @@ def test_what_cannot_be_judged_is_nan(judge: ImageReward) -> None:
 def test_the_hash_is_the_files(judge: ImageReward) -> None:
     import hashlib
 
-    assert judge.weights_sha256 == hashlib.sha256(judge.path.read_bytes()).hexdigest()
+    assert judge.weights_sha256 == hashlib.sha256(judge.file.read_bytes()).hexdigest()
 
 
 # --- released weights, where they are given ---
@@ -281,3 +281,12 @@ if (ASSETS / "images/1.webp").is_file():  # nothing is collected without them
         ]
         found = load("imagereward").score(media, [PROMPT] * 4).values
         assert found.tolist() == pytest.approx(GOLDEN, abs=2e-3)
+
+
+def test_the_head_stays_float32(folder: Path) -> None:
+    options = {"name_or_path": ".", "filename": "ImageReward.safetensors", "tokenizer": "bert"}
+    made = ImageRewardOptions.model_validate(options)
+    rounded = ImageReward(folder, made, torch.device("cpu"), torch.bfloat16)
+    exact = ImageReward(folder, made, torch.device("cpu"), torch.float32)
+    assert next(rounded.model.vision.parameters()).dtype == torch.bfloat16
+    assert torch.equal(rounded.model.head[0].weight, exact.model.head[0].weight)

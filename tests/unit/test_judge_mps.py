@@ -184,7 +184,7 @@ def test_the_judge_is_the_published_network(
     judge, media = build(folder, threshold=threshold), pictures(4)
     pixels = torch.stack([m.data for m in media])
     ids, condition = judge.tokens(TEXTS), judge.tokens([OVERALL])[0]
-    prepared = judge.preprocess.tensor(pixels)
+    prepared = judge.prepare.tensor(pixels)
     expected = torch.tensor(
         [
             transcription(weights, x, i, condition, threshold)

@@ -35,6 +35,7 @@ from t2i_align.catalog import find_root, read_card
 from t2i_align.contract import Media
 from t2i_align.errors import ModelError
 from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
+from t2i_align.judges.safety_checker import SafetyChecker, SafetyOptions
 from t2i_align.judges.weights import sha256_of
 
 CUBIC = v2.InterpolationMode.BICUBIC
@@ -268,3 +269,25 @@ def test_the_checker_is_refused_with_another_activation(tmp_path: Path) -> None:
     judge = judge_of("safety_checker", tmp_path, name_or_path=".", filename="model.safetensors")
     with pytest.raises(ModelError, match="safety checker was trained with quick_gelu, not gelu"):
         _ = judge.model
+
+
+def test_thresholds_and_concepts_stay_float32(tmp_path: Path) -> None:
+    published = safety_file(tmp_path / "safety_checker")
+    given = {"name_or_path": ".", "filename": "model.safetensors"}
+    options = SafetyOptions.model_validate(given)
+    judge = SafetyChecker(tmp_path / "safety_checker", options, torch.device("cpu"), torch.bfloat16)
+    assert judge.model.visual_projection.weight.dtype == torch.bfloat16
+    for name in ("concept_embeds", "concept_embeds_weights"):
+        assert torch.equal(getattr(judge.model, name), getattr(published, name))
+
+
+def test_a_folder_of_another_hash_is_refused(tmp_path: Path) -> None:
+    vit_folder(tmp_path / "nsfw", 2)
+    right = sha256_of(tmp_path / "nsfw/model.safetensors")
+    for given in (right, "0" * 64):
+        judge = judge_of("nsfw", tmp_path, name_or_path=".", sha256=given)
+        if given == right:
+            assert judge.model is not None
+        else:
+            with pytest.raises(ModelError, match=rf"has sha256 {right}, not 0000"):
+                _ = judge.model

@@ -18,7 +18,10 @@ from pydantic import ValidationError
 from remote_judges import CPU, mocked, remote, said
 
 from t2i_align.contract import Media, MediaError
-from t2i_align.errors import ModelError
+from t2i_align.errors import ModelError, UserError
+from t2i_align.evaluate.score_source import Entry
+from t2i_align.evaluate.scoring import Member, judged
+from t2i_align.judges.facts import JudgeFacts
 from t2i_align.judges.remote import Remote
 from t2i_align.judges.remote_options import RemoteOptions
 from t2i_align.judges.wire import Part, from_url, to_url
@@ -290,3 +293,49 @@ def test_pictures_on_the_wire_lose_nothing() -> None:
 def test_one_prompt_a_picture() -> None:
     with pytest.raises(ValueError, match="1 media and 2 prompts; give one prompt each"):
         remote().score(MEDIA, TEXT * 2)
+
+
+@pytest.mark.parametrize(
+    ("reply", "gone"),
+    [
+        (httpx2.ConnectError("refused"), True),
+        (httpx2.Response(503), True),
+        (httpx2.Response(401), True),
+        (httpx2.Response(400, text="this picture"), False),
+        (httpx2.Response(200, text="<html>"), False),
+    ],
+)
+def test_only_a_server_that_is_not_there_is_unreachable(
+    reply: httpx2.Response | Exception, gone: bool
+) -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    judge, _ = mocked(handler, retries=0)
+    assert judge.score(MEDIA * 2, TEXT * 2).unreachable is gone
+    broken = Media("image", b"no picture")
+    assert judge.score([broken, *MEDIA], TEXT * 2).unreachable is False
+    assert judge.score([], []).unreachable is False
+
+
+def test_a_run_stops_where_its_judge_cannot_be_reached() -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ConnectError("refused")
+
+    judge, _ = mocked(handler, retries=0)
+    member = Member(JudgeFacts("remote", 1, None, {}), judge, None)
+    entries = [Entry("a.png", MEDIA[0], TEXT[0])]
+    with pytest.raises(UserError, match=r"'remote' cannot be reached: no connection(?s:.*)again"):
+        judged([member], entries)
+
+
+def test_numbers_belong_to_an_address_and_a_model() -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        assert str(request.url).endswith("/v1/models")
+        return httpx2.Response(200, json={"data": [{"id": "first"}]})
+
+    judge, _ = mocked(handler, model=None)
+    assert judge.depends_on == {"url": "http://127.0.0.1:9/v1", "model": "first"}
+    assert mocked(handler, model="other")[0].depends_on["model"] == "other"

@@ -271,6 +271,13 @@ def test_a_judge_of_transformers_clip_is_a_base_too(
     stirred(judge.modulation)
     assert (judge.score_tensor(pictures(), TEXTS, 0.7) - before).abs().min() > 1e-4
     assert torch.equal(base.score_tensor(pictures(), TEXTS), before)
+    # A strip would be huge once resized; the others' levels stay theirs.
+    fine = [Media("image", x, {"level": v}) for x, v in zip(pictures(2), (0.2, 0.9), strict=True)]
+    strip = Media("image", torch.zeros(3, 1, 3_000_000), {"level": 0.5})
+    found = judge.score([fine[0], strip, fine[1]], TEXTS[:3])
+    alone = judge.score(fine, [TEXTS[0], TEXTS[2]])
+    assert found.reasons[1] and "too narrow" in found.reasons[1]
+    assert torch.allclose(found.values[[0, 2]], alone.values, atol=1e-5)
 
 
 # --- files, bases ---

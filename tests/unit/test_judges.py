@@ -322,6 +322,5 @@ def test_a_cards_options_are_validated(tmp_path: Path, monkeypatch: pytest.Monke
     text = source.read_text().replace("{output: graded}", "{output: grade}", 1)
     (folder / "card.yaml").write_text(text)
     monkeypatch.setattr(base, "find_root", lambda: tmp_path)
-    monkeypatch.setattr(base, "cards", lambda kind: cards(kind, tmp_path))
     with pytest.raises(RecipeError, match="did you mean 'graded'"):
         base.load.__wrapped__("scenes_exact")

@@ -22,9 +22,9 @@ from t2i_align.evaluate.aggregate import Interval, bootstrap_mean
 from t2i_align.evaluate.compare import compare, read_rows, table
 from t2i_align.evaluate.detections import Detection
 from t2i_align.evaluate.figures import Bar, bars, curves, smooth
+from t2i_align.evaluate.pages import Section
 from t2i_align.evaluate.provenance import eval_command, recipe_yaml, sha256
 from t2i_align.evaluate.report import (
-    Section,
     bar_rows,
     build_report,
     headline,

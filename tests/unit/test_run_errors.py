@@ -23,6 +23,7 @@ from t2i_align.errors import (
     UserError,
 )
 from t2i_align.train import checkpoint
+from t2i_align.train.output import occupied
 from tests import runs
 from tests.tiny import pipeline_folder, voxel_folder
 
@@ -135,6 +136,21 @@ def test_output_folder_of_another_run_is_refused(model: Path, tmp_path: Path) ->
         )
     assert caught.value.exit_code == 7
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_two_processes_do_not_train_into_one_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = sections(model, tmp_path)
+    with occupied(tmp_path / "run"):
+        with pytest.raises(OutputError, match=r"another process is training in .*run\n.*stop it"):
+            runs.train(tmp_path, "run", recipe)
+        assert not (tmp_path / "run" / "run.json").exists()
+        monkeypatch.setenv("RANK", "1")
+        with occupied(tmp_path / "run"):
+            """A further rank of the same training."""
+        monkeypatch.delenv("RANK")
+    assert runs.train(tmp_path, "run", recipe)["steps"] == 4
 
 
 def test_output_folder_with_other_files_is_refused(model: Path, tmp_path: Path) -> None:
