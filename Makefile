@@ -1,6 +1,7 @@
 # make quickstart the embedded world: evaluate the bundled base, align it, evaluate again (CPU, minutes)
 # make test       lint, types and the fast tests, in a .venv made on first use
 # make test-slow  the tests marked slow
+# make bench      speed and memory beside their bounds, as ratios of one run
 # make test-big   SDXL at its true size on the CPU (7 GB of disk, 9 GB of memory, minutes)
 # make fmt        format the code;  make wheel  build sdist and wheel into dist/
 PYTHON ?= python3
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev,hub,judges,ocr,quant,serve
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: quickstart test test-slow test-big lint fmt wheel
+.PHONY: quickstart test test-slow bench test-big lint fmt wheel
 
 OUT ?= outputs/quickstart
 
@@ -22,6 +23,9 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu and not big" --timeout 1800
+
+bench: $(STAMP)
+	$(PYTEST) -m bench
 
 test-big: $(STAMP)
 	$(BIN)/python -m pytest -q -s -m big --timeout 3600

@@ -170,7 +170,7 @@ def _ask_each(judge: Judge, part: Sequence[Group], both_orders: bool) -> Asked:
     """Every picture once, and once more with all of them shown in the other order."""
     media = [m for group in part for m in group.media]
     prompts = [group.prompt for group in part for _ in group.media]
-    found = judge.score(media, prompts)
+    found = judge.score(media, prompts).kept("of the benchmark")
     values = [found.values]
     if both_orders:
         values.append(judge.score(media[::-1], prompts[::-1]).values.flip(0))

@@ -70,6 +70,7 @@ def pair_accuracy(judge: Judge, path: Path, batch_size: int = 64) -> dict[str, A
         part = rows[start : start + batch_size]
         media = [Media("image", r[f"jpg_{k}"]) for r in part for k in (0, 1)]
         found = judge.score(media, [r["caption"] for r in part for _ in (0, 1)])
+        found = found.kept("of the benchmark")
         first, second = found.values.view(-1, 2).double().numpy().T
         sign = np.array([1.0 if r["label_0"] > 0.5 else -1.0 for r in part])
         order = np.sign(first - second) * sign

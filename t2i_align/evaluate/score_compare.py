@@ -25,7 +25,8 @@ from t2i_align.errors import DataError
 from t2i_align.evaluate.aggregate import bootstrap_mean, paired_difference, win_tie_lose
 
 READABLE = (".jsonl", ".csv", ".parquet")
-Facts = tuple[str, str]  # version and weights of a judge, as text
+Facts = tuple[str, ...]  # version, weights and the rest of what a judge depends on, as text
+FACTS = ("version", "weights_sha256", "depends_on")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def side_of(name: str, rows: Iterable[dict[str, Any]]) -> Side:
         for judge in [key.removesuffix(".version") for key in row if key.endswith(".version")]:
             given = row.get(judge)
             values[judge].append(np.nan if given in (None, "") else float(given))
-            own = (str(row[f"{judge}.version"]), str(row.get(f"{judge}.weights_sha256") or ""))
+            own = tuple(str(row.get(f"{judge}.{fact}") or "") for fact in FACTS)
             if facts.setdefault(judge, own) != own:
                 raise DataError(f"{name} mixes numbers of two versions of {judge}", "score it anew")
     arrays = {judge: np.array(column) for judge, column in values.items()}

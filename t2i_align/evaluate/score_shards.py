@@ -113,10 +113,7 @@ def _prompt(tar: tarfile.TarFile, member: tarfile.TarInfo, keys: tuple[str, ...]
         if member.name.lower().endswith(".txt"):
             return text.strip() or None
         found: Any = json.loads(text)
-        prompt = next((found[k] for k in keys if found.get(k)), None)
-        if not isinstance(prompt, str | None):
-            raise ValueError(f"its prompt is no text but {prompt!r}")
-        return prompt
+        return next((found[k] for k in keys if found.get(k)), None)
     except (ValueError, AttributeError) as error:
         raise DataError(f"{tar.name}: {member.name} cannot be read ({error})") from error
 

@@ -97,7 +97,7 @@ class Pictures:
         if self.lines is not None:
             pairs = zip(entries, self.lines, strict=True)
             return (replace(e, prompt=line) for e, line in pairs)
-        return iter(entries)
+        return map(_checked, entries)
 
     def survey(self) -> int:
         """How many pictures there are; pictures themselves are not read where that can be avoided.
@@ -111,6 +111,8 @@ class Pictures:
             before = total
             for entry in _entries(place, bare=True):
                 total += 1
+                if self.prompt is None and self.lines is None:
+                    _checked(entry)
                 if entry.prompt is None:
                     unknown += 1
                     named += [entry.name] if unknown <= MAX_NAMED else []
@@ -263,7 +265,8 @@ def _folder(folder: Path) -> Iterator[Entry]:
 
 def _is_grid(path: Path) -> bool:
     """Whether a picture shows all samples of a GenEval folder."""
-    return path.name == "grid.png" and (path.parent / "samples").is_dir()
+    beside = path.parent / "samples", path.parent / METADATA
+    return path.name == "grid.png" and beside[0].is_dir() and beside[1].is_file()
 
 
 def _picture(path: Path, bare: bool) -> Iterator[Entry]:
@@ -273,7 +276,7 @@ def _picture(path: Path, bare: bool) -> Iterator[Entry]:
     if path.parent.name == "samples" and metadata.is_file():
         try:
             first = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])
-            prompt = _text(first["prompt"], str(metadata))
+            prompt = first["prompt"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(
                 f"{metadata}: its first line has no prompt ({error})",
@@ -326,29 +329,32 @@ def _bare_parquet(path: Path, first: dict[str, Any]) -> Iterator[Entry]:
     else:
         cells = itertools.repeat({}, parquet_file(path).metadata.num_rows)
     for number, row in enumerate(cells):
-        said = _prompt(row, f"{path}:{number}")
+        said = _prompt(row)
         for suffix in suffixes:
             yield Entry(f"{path}:{number}{suffix}", Media("image", b""), said)
 
 
-def _prompt(cells: dict[str, Any], place: str) -> str | None:
-    found = next((cells[c] for c in PROMPT_COLUMNS if cells.get(c)), None)
-    return None if found is None else _text(found, place)
+def _prompt(cells: dict[str, Any]) -> Any:
+    return next((cells[c] for c in PROMPT_COLUMNS if cells.get(c)), None)
 
 
-def _text(value: Any, place: str) -> str:
-    """A prompt.
+def _checked(entry: Entry) -> Entry:
+    """An entry whose own prompt is used.
 
     Raises:
         DataError: it is no text, or one that no file can hold.
     """
-    if not isinstance(value, str):
-        raise DataError(f"{place}: the prompt is no text but {value!r}", "give a string")
+    value: Any = entry.prompt
+    if not isinstance(value, str | None):
+        raise DataError(
+            f"{entry.name}: the prompt is no text but {value!r}",
+            "give --prompt or --prompts, or a column of strings",
+        )
     try:
-        value.encode()
+        (value or "").encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: the prompt is no valid Unicode: {error.reason}") from error
-    return value
+        raise DataError(f"{entry.name}: the prompt is no valid Unicode: {error.reason}") from error
+    return entry
 
 
 def _cells(cells: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -367,7 +373,7 @@ def _from_cell(
     """An entry of a table's cell; a ``reference`` column goes into the medium's meta."""
     from t2i_align.data.media import cell_media
 
-    name, prompt = place + suffix, _prompt(cells, place)
+    name, prompt = place + suffix, _prompt(cells)
     try:
         media = cell_media("image", cell, folder)
         if cells.get("reference") is not None:

@@ -208,7 +208,8 @@ class ScoreStore:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Public rows: file, prompt, numbers, reason, and where each number comes from.
 
-        ``<judge>.version`` is the card's, ``<judge>.weights_sha256`` of what was loaded.
+        ``<judge>.version`` is the card's, ``<judge>.weights_sha256`` of what was loaded,
+        ``<judge>.depends_on`` a hash of what else it told, where it did.
         """
         import pyarrow.parquet as pq
 
@@ -216,6 +217,7 @@ class ScoreStore:
         names = self.identity.names
         facts = {f"{f.name}.version": f.version for f in self.identity.judges}
         facts |= {f"{f.name}.weights_sha256": f.weights_sha256 for f in self.identity.judges}
+        facts |= {f"{f.name}.depends_on": f.digest for f in self.identity.judges if f.digest}
         if self.identity.settings.get("normalized"):
             facts["normalized"] = True
         for part in self._parts:
@@ -275,6 +277,7 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]], identity: Identity
     fields += [("reason", pa.string())]
     fields += [(f"{name}.version", pa.int64()) for name in identity.names]
     fields += [(f"{name}.weights_sha256", pa.string()) for name in identity.names]
+    fields += [(f"{f.name}.depends_on", pa.string()) for f in identity.judges if f.digest]
     if identity.settings.get("normalized"):
         fields.append(("normalized", pa.bool_()))
     about = {"t2i_align.scores": json.dumps(identity.to_dict(), sort_keys=True)}

@@ -156,12 +156,7 @@ def judged(members: Sequence[Member], entries: Sequence[Entry]) -> list[ScoredRo
     media, prompts = [e.media for e in entries], [e.prompt or "" for e in entries]
     columns = []
     for member in members:
-        found = member.judge.score(media, prompts)
-        if found.unreachable:
-            raise UserError(
-                f"judge '{member.name}' cannot be reached: {found.reasons[0]}",
-                "what was scored before is kept; run the same command again once it answers",
-            )
+        found = member.judge.score(media, prompts).kept(member.name)
         values = found.values if member.scale is None else member.scale(found.values)
         columns.append(list(zip(values.tolist(), found.reasons, strict=True)))
     rows = []

@@ -46,7 +46,7 @@ class Scores:
     Args:
         values: ``(B,)`` float32, NaN where the judge failed.
         reasons: B entries, why a value is NaN, None elsewhere.
-        unreachable: all failed for want of a server, so that asking again later makes sense.
+        unreachable: some failed for want of a server, so that asking again later makes sense.
     """
 
     values: Tensor
@@ -57,6 +57,23 @@ class Scores:
     def num_failed(self) -> int:
         """How many are NaN."""
         return sum(r is not None for r in self.reasons)
+
+    def kept(self, name: str) -> Scores:
+        """These, to be stored.
+
+        Args:
+            name: of the judge.
+
+        Raises:
+            UserError: its server is not there, so that numbers are missing that another try gives.
+        """
+        if not self.unreachable:
+            return self
+        why = next(reason for reason in self.reasons if reason is not None)
+        raise UserError(
+            f"judge '{name}' cannot be reached: {why}",
+            "start its server and run the same command again",
+        )
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,23 @@ if TYPE_CHECKING:
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 LONGEST_WAIT = 60.0
-NOT_THERE = AGAIN | {401, 403, 404}  # whatever is asked
+GONE = frozenset({502, 503, 504})  # a gateway without its server
+REFUSED = frozenset({401, 404})  # no such key, no such model: whatever is asked
 
 
 class Unreachable(str):
-    """A reason that says nothing of what was asked: no server, no permission, no such model."""
+    """A reason that may say nothing of what was asked.
+
+    A server that is down or too slow, or one that chokes on this very picture.
+    """
+
+    status: int | None
+
+    def __new__(cls, text: str, status: int | None) -> Unreachable:
+        """Keep the status beside the text."""
+        made = super().__new__(cls, text)
+        made.status = status
+        return made
 
 
 class EndpointError(Exception):
@@ -49,9 +61,9 @@ class EndpointError(Exception):
 
     @property
     def reason(self) -> str:
-        """Why, as an :class:`Unreachable` where any other question would have failed as well."""
-        gone = self.status is None or self.status in NOT_THERE
-        return Unreachable(str(self)) if gone else str(self)
+        """Why, as an :class:`Unreachable` where other questions may have failed as well."""
+        suspect = self.status is None or self.status in AGAIN | REFUSED
+        return Unreachable(str(self), self.status) if suspect else str(self)
 
 
 def key_from(variable: str | None) -> str | None:

@@ -156,7 +156,9 @@ class Ensemble:
         ]
         failed = torch.tensor([r is not None for r in reasons], dtype=torch.bool)
         values = self._rule(raw.masked_fill(failed, math.nan), prompts)
-        return Scores(values.float().masked_fill(failed, math.nan), tuple(reasons))
+        gone = any(c.unreachable for c in own.values())
+        values = values.float().masked_fill(failed, math.nan)
+        return Scores(values, tuple(reasons), unreachable=gone)
 
     def _rule(self, raw: Tensor, prompts: Sequence[str]) -> Tensor:
         """Raw numbers ``(K, B)`` to one each ``(B,)``."""

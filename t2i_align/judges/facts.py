@@ -7,6 +7,8 @@ remote judge asks, the text of a template, the members of an ensemble) a judge t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -50,6 +52,14 @@ class JudgeFacts:
     weights_sha256: str | None
     options: Mapping[str, Any]
     depends_on: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str | None:
+        """Short name of what the judge tells besides; None where that is nothing."""
+        if not self.depends_on:
+            return None
+        text = json.dumps(dict(self.depends_on), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from t2i_align.errors import InterruptedRun, OutputError
+from t2i_align.folder_lock import is_foreign, occupied
 from t2i_align.judges.fit import Fit
 from t2i_align.judges.fit_data import Degrade, Pairs, read_pairs, split, with_random_labels
 from t2i_align.judges.fit_judge import export
@@ -33,7 +34,7 @@ def claim(out: Path, recipe: FitRecipe) -> None:
     note = out / RECIPE
     if (out / RESULT).exists():
         raise OutputError(f"{out} holds a fitted judge", "choose another output_dir, or delete it")
-    if out.exists() and any(out.iterdir()) and not note.exists():
+    if is_foreign(out, RECIPE):
         raise OutputError(
             f"{out} is not empty and no run of this kind", "choose another output_dir"
         )
@@ -89,7 +90,20 @@ def fit_judge(
         OutputError: the output folder belongs to something else.
     """
     out = Path(recipe.output_dir).expanduser()
-    claim(out, recipe)
+    with occupied(out, RECIPE):
+        claim(out, recipe)
+        return _fit(recipe, out, console, device, degrade, stop)
+
+
+def _fit(
+    recipe: FitRecipe,
+    out: Path,
+    console: Console,
+    device: str,
+    degrade: Degrade | None,
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """The work of :func:`fit_judge` in a folder that is its own."""
     pairs, held = datasets(recipe, console)
     run = Fit(recipe, pairs, torch.device(device), degrade)
     some = Pairs(pairs.records[:MEASURED], recipe.size, recipe.seed)

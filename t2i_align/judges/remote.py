@@ -34,7 +34,7 @@ import torch
 from t2i_align.contract import Media, MediaError
 from t2i_align.errors import ModelError
 from t2i_align.judges.base import Scores
-from t2i_align.judges.endpoint import Endpoint, EndpointError, Unreachable, key_from
+from t2i_align.judges.endpoint import GONE, REFUSED, Endpoint, EndpointError, Unreachable, key_from
 from t2i_align.judges.remote_chat import Found, Questions, checked
 from t2i_align.judges.remote_options import RemoteOptions, checked_url
 from t2i_align.judges.vlm_common import paired, picture, scores_of
@@ -75,16 +75,21 @@ class Remote:
 
     @property
     def depends_on(self) -> dict[str, Any]:
-        """Address and model; where no model is named, the endpoint is asked for it.
+        """Address and model, with the version and the hash that `judges serve` tells of it.
+
+        The endpoint is asked where no model is named, or where it serves a judge's own numbers.
 
         Raises:
-            ModelError: the endpoint lists none.
+            ModelError: it does not answer, or lists no model.
         """
-        if self.options.protocol == "chat" and self.model is None:
-            self.model = _run(self._listed())
-        return {"url": self.endpoint.url, "model": self.model}
+        about: dict[str, Any] = {}
+        if self.options.protocol == "score" or self.model is None:
+            about = _run(self._listed())
+            self.model = self.model or str(about["id"])
+        served = {k: about[k] for k in ("id", "version", "weights_sha256") if k in about}
+        return {"url": self.endpoint.url, "model": self.model} | served
 
-    async def _listed(self) -> str:
+    async def _listed(self) -> dict[str, Any]:
         async with self.endpoint.open() as client:
             return await self._first_model(client)
 
@@ -101,8 +106,22 @@ class Remote:
         items = paired(media, prompts)
         work = self._score(items) if self.options.protocol == "score" else self._chat(items)
         found = _run(work)
-        gone = bool(found) and all(isinstance(f, Unreachable) for f in found)
+        gone = self._gone([f.status for f in found if isinstance(f, Unreachable)])
         return replace(scores_of(found), unreachable=gone)
+
+    def _gone(self, statuses: Sequence[int | None]) -> bool:
+        """Whether failures are the server's; in doubt it is asked something that has no picture."""
+        if not statuses or REFUSED & {*statuses}:
+            return bool(statuses)
+        try:
+            _run(self._ask("models"))
+        except EndpointError as error:
+            return error.status is None or error.status in GONE
+        return False
+
+    async def _ask(self, path: str) -> Any:
+        async with self.endpoint.open() as client:
+            return await self.endpoint.ask(client, path)
 
     async def _each(
         self, items: Sequence[Any], work: Callable[[httpx2.AsyncClient, Any], Awaitable[Any]]
@@ -111,7 +130,7 @@ class Remote:
         gate = asyncio.Semaphore(self.options.concurrency)
         async with self.endpoint.open() as client:
             if self.options.protocol == "chat" and self.model is None:
-                self.model = await self._first_model(client)
+                self.model = str((await self._first_model(client))["id"])
 
             async def one(item: Any) -> Any:
                 async with gate:
@@ -119,10 +138,11 @@ class Remote:
 
             return await asyncio.gather(*map(one, items))
 
-    async def _first_model(self, client: httpx2.AsyncClient) -> str:
+    async def _first_model(self, client: httpx2.AsyncClient) -> dict[str, Any]:
         try:
-            return str((await self.endpoint.ask(client, "models"))["data"][0]["id"])
-        except (EndpointError, LookupError, TypeError) as error:
+            listed = (await self.endpoint.ask(client, "models"))["data"]
+            return {"id": str(listed[0]["id"])} | dict(listed[0])
+        except (EndpointError, LookupError, TypeError, ValueError) as error:
             raise ModelError(
                 f"no model is listed at {self.endpoint.url}/models: {error}",
                 "is the server up? else name its model with the option model",

@@ -77,7 +77,10 @@ def build_app(
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0}]}
+        told = served.health()
+        about = {k: told[k] for k in ("version", "weights_sha256")}
+        model = {"id": name, "object": "model", "created": 0} | about
+        return {"object": "list", "data": [model]}
 
     @app.get("/health")
     def health() -> dict[str, Any]:

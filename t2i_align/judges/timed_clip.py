@@ -24,6 +24,7 @@ from t2i_align.contract import Media
 from t2i_align.errors import UserError
 from t2i_align.judges.base import Scores, load, rgb, score_each
 from t2i_align.judges.dual_encoder import DualEncoder, DualEncoderOptions
+from t2i_align.judges.facts import facts_of
 from t2i_align.judges.timed_model import FILE, Modulation, load_modulation
 from t2i_align.judges.weights import combined, sha256_of
 from t2i_align.options import Options
@@ -95,6 +96,12 @@ class TimedClip:
             else:
                 made = load_modulation(vision_tower(self.base), self.folder / self.options.timed)
             return made.to(self.device).requires_grad_(False)
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """The facts of the judge it conditions, where that is one of the catalogue."""
+        name = self.options.judge
+        return {} if name is None else {"base": facts_of(name, self.base).to_dict()}
 
     @property
     def weights_sha256(self) -> str | None:

@@ -55,9 +55,8 @@ def _safetensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, "pt") as file:
-            made_from = (file.metadata() or {}).get(SOURCE)
-            if sha256 is not None and sha256 not in (made_from, sha256_of(path)):
-                raise _other_hash(path, sha256, sha256_of(path))
+            if sha256 is not None:
+                check_hash(path, sha256)
             return {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ModelError(f"{path} is no safetensors file: {error}", "bring it again") from error
@@ -76,12 +75,18 @@ def _check_pickle(path: Path, sha256: str | None) -> None:
 
 
 def check_hash(path: Path, wanted: str) -> None:
-    """Refuse a file that is not the one that was meant.
+    """Refuse a file that is neither the one that was meant nor what `judges convert` made of it.
 
     Raises:
         ModelError: missing, or another hash.
     """
-    if sha256_of(path) != wanted:
+    from safetensors import safe_open
+
+    made_from = None
+    if path.suffix == ".safetensors" and path.is_file():
+        with safe_open(path, "pt") as file:
+            made_from = (file.metadata() or {}).get(SOURCE)
+    if wanted not in (made_from, sha256_of(path)):
         raise _other_hash(path, wanted, sha256_of(path))
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t2i_align.errors import OutputError, StorageError
+from t2i_align.errors import OutputError
+from t2i_align.folder_lock import is_foreign, unwritable
 
 RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
 VERSION = 1
 FIXED = ("seed", "model", "objective", "data", "reference", "draw")
 FIXED_TRAIN = (
@@ -24,47 +21,6 @@ FIXED_TRAIN = (
     "adam_epsilon",
     "weight_decay",
 )
-
-
-@contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Keep other processes from training into ``folder`` meanwhile; the first rank does it for all.
-
-    Args:
-        folder: the recipe's ``output_dir``; made if missing. One that holds no run is left alone.
-
-    Raises:
-        OutputError: another process trains there.
-        StorageError: the folder cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    first = os.environ.get("RANK", "0") == "0"
-    if not first or (folder.exists() and not folder.is_dir()) or is_foreign(folder):
-        yield
-        return
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise OutputError(
-            f"output_dir: another process is training in {folder}",
-            "wait until it is done or stop it, or choose another output_dir",
-        ) from error
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds something that is no run."""
-    if not folder.is_dir() or (folder / RUN_FILE).is_file():
-        return False
-    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -> None:
@@ -91,7 +47,7 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
         compare(folder, json.loads(marker.read_text())["recipe"], recipe)
     elif folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir: {folder} is a file", "choose another output_dir")
-    elif is_foreign(folder):
+    elif is_foreign(folder, RUN_FILE):
         raise OutputError(
             f"output_dir: {folder} is not empty and holds no run of t2i-align",
             "choose another output_dir; nothing in it was touched",
@@ -103,11 +59,7 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
         temporary.write_text(json.dumps(facts, indent=1))
         temporary.rename(marker)
     except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"output_dir: cannot write to {folder}: {error}", "check space and rights")
+        raise unwritable(folder, error) from error
 
 
 def started(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from t2i_align.recipe import Recipe, load_recipe, shipped
 
 WORLD = [name for name in shipped() if name.startswith("scenes_")]  # models made by hand first
 NAMES = [name for name in shipped() if name not in WORLD]
+BASES = ("scenes_base", "scenes_sd3_base")
 
 
 def loaded(name: str, tmp_path: Path) -> Recipe:
@@ -45,18 +46,19 @@ def test_without_data_the_message_names_the_path(name: str) -> None:
         load_recipe(name)
 
 
-@pytest.mark.parametrize("name", sorted(set(WORLD) - {"scenes_base"}))
+@pytest.mark.parametrize("name", sorted(set(WORLD) - set(BASES)))
 def test_recipes_on_bundled_pairs_need_no_file_of_the_user(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.model.name_or_path == "bundled/scenes_sdxl"
 
 
-def test_the_recipe_of_the_base_loads_beside_its_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BASES)
+def test_the_recipe_of_a_base_loads_beside_its_files(name: str, tmp_path: Path) -> None:
     model, data = write_pipeline(tmp_path / "m"), tmp_path / "d.parquet"
     row = {"prompt": ["a"], "image": [b"0"], "label": [1]}
     pq.write_table(pa.table(row), data)
     given = [f"data.path={data}", f"model.name_or_path={model}"]
-    recipe = load_recipe("scenes_base", given)
+    recipe = load_recipe(name, given)
     assert recipe.model.name_or_path == str(model)
 
 

@@ -416,7 +416,7 @@ def test_stopped_and_continued_gives_the_same_files(
 
 @pytest.mark.parametrize(
     ("prompt", "text"),
-    [(7, ":1: the prompt is no text but 7"), ("\ud800 car", ":1: the prompt is no valid Unicode")],
+    [(7, ": the prompt is no text but 7"), ("\ud800 car", ": the prompt is no valid Unicode")],
 )
 def test_a_prompt_that_is_no_text_is_named_before_any_work(
     tmp_path: Path, prompt: Any, text: str
@@ -426,6 +426,7 @@ def test_a_prompt_that_is_no_text_is_named_before_any_work(
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match=text):
         Pictures([tmp_path / "t.jsonl"]).survey()
+    assert Pictures([tmp_path / "t.jsonl"], prompt=CAR).survey() == 2, "given prompts win"
 
 
 def test_a_sidecar_in_another_encoding_is_named(tmp_path: Path) -> None:
@@ -440,3 +441,6 @@ def test_the_grid_of_a_geneval_folder_is_no_sample(tmp_path: Path) -> None:
     picture(tmp_path / "00000/grid.png", CAR)
     (tmp_path / "00000/metadata.jsonl").write_text(json.dumps({"prompt": CAR}))
     assert [Path(e.name).name for e in collect([tmp_path])] == ["0000.png"]
+    (tmp_path / "00000/metadata.jsonl").unlink()
+    names = [Path(e.name).name for e in collect([tmp_path], prompt=CAR)]
+    assert names == ["grid.png", "0000.png"], "any other folder's grid.png is a picture"

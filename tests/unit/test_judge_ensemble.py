@@ -210,3 +210,14 @@ def test_numbers_belong_to_the_members(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert made.depends_on["saturation"]["version"] == 99
     assert made.depends_on["scenes_exact"] == first["scenes_exact"]
+
+
+def test_a_member_that_cannot_be_reached_makes_the_ensemble_so() -> None:
+    made = ensemble()
+    there = Scores(torch.tensor([0.5]), (None,))
+    gone = Scores(torch.tensor([NAN]), ("no connection",), unreachable=True)
+    found = made.combine({"scenes_exact": there, "saturation": gone}, ["p"])
+    assert found.unreachable and found.reasons == ("saturation: no connection",)
+    with pytest.raises(UserError, match="'x' cannot be reached: saturation: no connection"):
+        found.kept("x")
+    assert not made.combine({"scenes_exact": there, "saturation": there}, ["p"]).unreachable

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_clip import (
     EMBED,
     HEADS,
@@ -36,7 +36,7 @@ from t2i_align.contract import Media
 from t2i_align.errors import ModelError
 from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from t2i_align.judges.safety_checker import SafetyChecker, SafetyOptions
-from t2i_align.judges.weights import sha256_of
+from t2i_align.judges.weight_files import SOURCE, sha256_of
 
 CUBIC = v2.InterpolationMode.BICUBIC
 FLOATS = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -283,11 +283,11 @@ def test_thresholds_and_concepts_stay_float32(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_hash_is_refused(tmp_path: Path) -> None:
     vit_folder(tmp_path / "nsfw", 2)
-    right = sha256_of(tmp_path / "nsfw/model.safetensors")
-    for given in (right, "0" * 64):
-        judge = judge_of("nsfw", tmp_path, name_or_path=".", sha256=given)
-        if given == right:
-            assert judge.model is not None
-        else:
-            with pytest.raises(ModelError, match=rf"has sha256 {right}, not 0000"):
-                _ = judge.model
+    file = tmp_path / "nsfw/model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", SOURCE: "ab" * 32})  # as convert
+    right = sha256_of(file)
+    for given in (right, "ab" * 32):
+        assert judge_of("nsfw", tmp_path, name_or_path=".", sha256=given).model is not None
+    wrong = judge_of("nsfw", tmp_path, name_or_path=".", sha256="0" * 64)
+    with pytest.raises(ModelError, match=rf"has sha256 {right}, not 0000"):
+        _ = wrong.model

@@ -169,6 +169,8 @@ def test_failures_are_nan_with_a_reason(
     count: list[int] = []
 
     def handler(request: httpx2.Request) -> httpx2.Response:
+        if request.method == "GET":  # whether the server is there at all
+            return httpx2.Response(200, json={"data": []})
         count.append(1)
         if isinstance(reply, Exception):
             raise reply
@@ -301,6 +303,7 @@ def test_one_prompt_a_picture() -> None:
         (httpx2.ConnectError("refused"), True),
         (httpx2.Response(503), True),
         (httpx2.Response(401), True),
+        (httpx2.Response(500), False),
         (httpx2.Response(400, text="this picture"), False),
         (httpx2.Response(200, text="<html>"), False),
     ],
@@ -311,12 +314,15 @@ def test_only_a_server_that_is_not_there_is_unreachable(
     def handler(request: httpx2.Request) -> httpx2.Response:
         if isinstance(reply, Exception):
             raise reply
+        if request.method == "GET" and reply.status_code == 500:
+            return httpx2.Response(200, json={"data": []})
         return reply
 
     judge, _ = mocked(handler, retries=0)
     assert judge.score(MEDIA * 2, TEXT * 2).unreachable is gone
     broken = Media("image", b"no picture")
-    assert judge.score([broken, *MEDIA], TEXT * 2).unreachable is False
+    assert judge.score([broken, *MEDIA], TEXT * 2).unreachable is gone
+    assert judge.score([broken], TEXT).unreachable is False
     assert judge.score([], []).unreachable is False
 
 
@@ -334,8 +340,24 @@ def test_a_run_stops_where_its_judge_cannot_be_reached() -> None:
 def test_numbers_belong_to_an_address_and_a_model() -> None:
     def handler(request: httpx2.Request) -> httpx2.Response:
         assert str(request.url).endswith("/v1/models")
-        return httpx2.Response(200, json={"data": [{"id": "first"}]})
+        return httpx2.Response(200, json={"data": [{"id": "first", "version": 3}]})
 
     judge, _ = mocked(handler, model=None)
-    assert judge.depends_on == {"url": "http://127.0.0.1:9/v1", "model": "first"}
-    assert mocked(handler, model="other")[0].depends_on["model"] == "other"
+    found = {"url": "http://127.0.0.1:9/v1", "model": "first", "id": "first"}
+    assert judge.depends_on == found | {"version": 3}
+    assert mocked(handler, model="other")[0].depends_on == {"url": found["url"], "model": "other"}
+    assert mocked(handler, model=None, protocol="score")[0].depends_on["version"] == 3
+
+
+def test_a_picture_the_server_fails_on_is_one_nan() -> None:
+    """The server is there: it lists its models, and answers for the other picture."""
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        if request.method == "GET":
+            return httpx2.Response(200, json={"data": [{"id": "m"}]})
+        poison = b"poison" in request.content
+        return httpx2.Response(500) if poison else said("Yes", Yes=-0.1, No=-2.0)
+
+    judge, _ = mocked(handler, retries=0)
+    found = judge.score(MEDIA * 2, ["a car", "poison"]).kept("remote")
+    assert found.reasons[0] is None and str(found.reasons[1]).startswith("HTTP 500")

@@ -22,8 +22,9 @@ from t2i_align.errors import (
     TrainingError,
     UserError,
 )
+from t2i_align.folder_lock import LOCK_FILE, occupied
 from t2i_align.train import checkpoint
-from t2i_align.train.output import occupied
+from t2i_align.train.output import RUN_FILE
 from tests import runs
 from tests.tiny import pipeline_folder, voxel_folder
 
@@ -142,14 +143,16 @@ def test_two_processes_do_not_train_into_one_folder(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = sections(model, tmp_path)
-    with occupied(tmp_path / "run"):
+    with occupied(tmp_path / "run", RUN_FILE):
         with pytest.raises(OutputError, match=r"another process is training in .*run\n.*stop it"):
             runs.train(tmp_path, "run", recipe)
         assert not (tmp_path / "run" / "run.json").exists()
-        monkeypatch.setenv("RANK", "1")
-        with occupied(tmp_path / "run"):
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+        with occupied(tmp_path / "run", RUN_FILE):
             """A further rank of the same training."""
-        monkeypatch.delenv("RANK")
+        monkeypatch.delenv("OMPI_COMM_WORLD_RANK")
+    (tmp_path / "run" / f".{RUN_FILE}.tmp").touch()  # of a kill while it was written
+    assert {f.name for f in (tmp_path / "run").iterdir()} <= {LOCK_FILE, f".{RUN_FILE}.tmp"}
     assert runs.train(tmp_path, "run", recipe)["steps"] == 4
 
 
