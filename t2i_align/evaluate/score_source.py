@@ -265,8 +265,8 @@ def _folder(folder: Path) -> Iterator[Entry]:
 
 def _is_grid(path: Path) -> bool:
     """Whether a picture shows all samples of a GenEval folder."""
-    beside = path.parent / "samples", path.parent / METADATA
-    return path.name == "grid.png" and beside[0].is_dir() and beside[1].is_file()
+    layout = (path.parent / "samples").is_dir() and (path.parent / METADATA).is_file()
+    return path.name == "grid.png" and layout
 
 
 def _picture(path: Path, bare: bool) -> Iterator[Entry]:
@@ -346,10 +346,8 @@ def _checked(entry: Entry) -> Entry:
     """
     value: Any = entry.prompt
     if not isinstance(value, str | None):
-        raise DataError(
-            f"{entry.name}: the prompt is no text but {value!r}",
-            "give --prompt or --prompts, or a column of strings",
-        )
+        told = f"{entry.name}: the prompt is no text but {value!r}"
+        raise DataError(told, "give --prompt or --prompts, or a column of strings")
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:

@@ -23,20 +23,20 @@ once; pictures are encoded when their turn comes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from t2i_align.contract import Media, MediaError
-from t2i_align.errors import ModelError
 from t2i_align.judges.base import Scores
-from t2i_align.judges.endpoint import GONE, REFUSED, Endpoint, EndpointError, Unreachable, key_from
+from t2i_align.judges.endpoint import Endpoint, key_from
+from t2i_align.judges.endpoint_error import EndpointError, Unreachable
 from t2i_align.judges.remote_chat import Found, Questions, checked
 from t2i_align.judges.remote_options import RemoteOptions, checked_url
+from t2i_align.judges.remote_server import first_model, is_gone, listed, run
 from t2i_align.judges.vlm_common import paired, picture, scores_of
 from t2i_align.judges.wire import ChatReply, Choice, ScoreReply, to_base64, to_url
 from t2i_align.options import Options
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     import httpx2
 
 Item = tuple[Media, str]
-T = TypeVar("T")
 
 
 class Remote:
@@ -84,14 +83,10 @@ class Remote:
         """
         about: dict[str, Any] = {}
         if self.options.protocol == "score" or self.model is None:
-            about = _run(self._listed())
+            about = run(listed(self.endpoint))
             self.model = self.model or str(about["id"])
         served = {k: about[k] for k in ("id", "version", "weights_sha256") if k in about}
         return {"url": self.endpoint.url, "model": self.model} | served
-
-    async def _listed(self) -> dict[str, Any]:
-        async with self.endpoint.open() as client:
-            return await self._first_model(client)
 
     def score(self, media: Sequence[Media], prompts: Sequence[str]) -> Scores:
         """One number a picture.
@@ -105,23 +100,9 @@ class Remote:
         """
         items = paired(media, prompts)
         work = self._score(items) if self.options.protocol == "score" else self._chat(items)
-        found = _run(work)
-        gone = self._gone([f.status for f in found if isinstance(f, Unreachable)])
+        found = run(work)
+        gone = is_gone(self.endpoint, [f for f in found if isinstance(f, Unreachable)])
         return replace(scores_of(found), unreachable=gone)
-
-    def _gone(self, statuses: Sequence[int | None]) -> bool:
-        """Whether failures are the server's; in doubt it is asked something that has no picture."""
-        if not statuses or REFUSED & {*statuses}:
-            return bool(statuses)
-        try:
-            _run(self._ask("models"))
-        except EndpointError as error:
-            return error.status is None or error.status in GONE
-        return False
-
-    async def _ask(self, path: str) -> Any:
-        async with self.endpoint.open() as client:
-            return await self.endpoint.ask(client, path)
 
     async def _each(
         self, items: Sequence[Any], work: Callable[[httpx2.AsyncClient, Any], Awaitable[Any]]
@@ -130,23 +111,13 @@ class Remote:
         gate = asyncio.Semaphore(self.options.concurrency)
         async with self.endpoint.open() as client:
             if self.options.protocol == "chat" and self.model is None:
-                self.model = str((await self._first_model(client))["id"])
+                self.model = str((await first_model(self.endpoint, client))["id"])
 
             async def one(item: Any) -> Any:
                 async with gate:
                     return await work(client, item)
 
             return await asyncio.gather(*map(one, items))
-
-    async def _first_model(self, client: httpx2.AsyncClient) -> dict[str, Any]:
-        try:
-            listed = (await self.endpoint.ask(client, "models"))["data"]
-            return {"id": str(listed[0]["id"])} | dict(listed[0])
-        except (EndpointError, LookupError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"no model is listed at {self.endpoint.url}/models: {error}",
-                "is the server up? else name its model with the option model",
-            ) from error
 
     async def _chat(self, items: Sequence[Item]) -> list[Found]:
         async def work(client: httpx2.AsyncClient, item: Item) -> Found:
@@ -225,9 +196,3 @@ class Remote:
             return [f"{len(reply.values)} values came back for {num} pictures"] * num
         pairs = zip(reply.values, reply.reasons, strict=True)
         return [why or "no value, and no reason given" if v is None else v for v, why in pairs]
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """A coroutine's result, whether or not this thread runs an event loop."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
-from t2i_align.judges.endpoint import EndpointError
+from t2i_align.judges.endpoint_error import EndpointError
 from t2i_align.judges.remote_options import RemoteOptions
 from t2i_align.judges.scale import expectation, shown
 from t2i_align.judges.wire import Choice, Top

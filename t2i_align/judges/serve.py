@@ -77,10 +77,7 @@ def build_app(
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        told = served.health()
-        about = {k: told[k] for k in ("version", "weights_sha256")}
-        model = {"id": name, "object": "model", "created": 0} | about
-        return {"object": "list", "data": [model]}
+        return served.models()
 
     @app.get("/health")
     def health() -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Served:
         facts = {"judge": self.name, "version": self.version, "weights_sha256": weights}
         return {"status": "ok", "chat": "model" if model else "score", **facts}
 
+    def models(self) -> dict[str, Any]:
+        """OpenAI's list of models: this judge, with its version and the hash of its weights."""
+        own = self.health() | {"id": self.name, "object": "model", "created": 0}
+        return {"object": "list", "data": [own]}
+
     def score(self, request: ScoreRequest) -> dict[str, Any]:
         """The reply to /v1/score.
 

@@ -1,4 +1,4 @@
-"""The bundled world model: a stock pipeline folder, small, and readable by the exact judge."""
+"""The bundled world models: stock pipeline folders, small, and readable by the exact judge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from t2i_align.evaluate.run import Protocol, sample
@@ -16,39 +17,47 @@ from t2i_align.process.seeds import normals
 from t2i_align.scenes.grammar import fixed_prompts
 from t2i_align.scenes.pairs import verdicts
 
-NAME = "bundled/scenes_sdxl"
+NAME, FLOW = "bundled/scenes_sdxl", "bundled/scenes_sd3"
+BUDGET = {NAME: 15_000_000, FLOW: 12_000_000}
+LENGTH = {NAME: None, FLOW: 16}  # zeros in the place of SD3's absent T5
 
 
-def generator() -> DiffusersGenerator:
-    made = DiffusersGenerator(DiffusersOptions(name_or_path=NAME, resolution=64))
+def generator(name: str) -> DiffusersGenerator:
+    options = DiffusersOptions(name_or_path=name, resolution=64, max_sequence_length=LENGTH[name])
+    made = DiffusersGenerator(options)
     made.load_module(0, reference=False)
     return made
 
 
-def test_it_is_small_and_loads_in_plain_diffusers() -> None:
-    from diffusers import StableDiffusionXLPipeline
+@pytest.mark.parametrize("name", [NAME, FLOW])
+def test_it_is_small_and_loads_in_plain_diffusers(name: str) -> None:
+    from diffusers import DiffusionPipeline
 
-    files = [f for f in local_path(NAME).rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) <= 15_000_000
+    files = [f for f in local_path(name).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= BUDGET[name]
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl")]
-    pipe = StableDiffusionXLPipeline.from_pretrained(local_path(NAME))
+    absent = {} if LENGTH[name] is None else {"text_encoder_3": None, "tokenizer_3": None}
+    pipe: Any = DiffusionPipeline.from_pretrained(local_path(name), dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
-    g = generator()
+    g = generator(name)
     inputs = g.prepare_sampling(["a photo of a red car"], num_steps=4, guidance=3.0)
     ours = g.decode(g.rollout(inputs, torch.tensor([5]), "policy").sample)[0].data
-    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
+    call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
+    if LENGTH[name] is not None:
+        call |= {"max_sequence_length": LENGTH[name], "height": 64, "width": 64}
     latents = normals(torch.tensor([5]), inputs.shape)
-    theirs = pipe("a photo of a red car", latents=latents, **call)  # type: ignore[arg-type]
-    assert (ours - theirs.images[0]).abs().max().item() <= 1e-5  # type: ignore[union-attr]
+    theirs = pipe("a photo of a red car", latents=latents, **call)
+    assert (ours - theirs.images[0]).abs().max().item() <= 1e-5
 
 
-def test_it_draws_what_is_asked_and_composes_imperfectly() -> None:
+@pytest.mark.parametrize("name", [NAME, FLOW])
+def test_it_draws_what_is_asked_and_composes_imperfectly(name: str) -> None:
     """Coloured objects mostly right, relations mostly not: there is something to align."""
     items = fixed_prompts(24, 1, held_out=True)
     right: dict[str, list[bool]] = {}
     for task in ("colors", "position"):
         part = [item for item in items if item[0]["tag"] == task]
-        pictures = sample(generator(), part, Protocol())
+        pictures = sample(generator(name), part, Protocol())
         right[task] = [verdicts([p], m)[0][0] for p, (m, _) in zip(pictures, part, strict=True)]
     assert np.mean(right["colors"]) > 0.5 > np.mean(right["position"])
 
