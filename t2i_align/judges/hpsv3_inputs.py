@@ -21,6 +21,7 @@ from torch import Tensor
 from t2i_align.contract import MediaError
 from t2i_align.errors import ModelError, UserError
 from t2i_align.judges.preprocess import CLIP_MEAN, CLIP_STD
+from t2i_align.judges.vlm_common import refuse_control
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -129,9 +130,7 @@ class Chat:
         Raises:
             MediaError: it holds a control token.
         """
-        found = next((token for token in self.control if token in prompt), None)
-        if found is not None:
-            raise MediaError(f"the prompt holds '{found}', a control token of the judge")
+        refuse_control(prompt, self.control)
 
     def text(self, prompt: str, grid: tuple[int, int]) -> str:
         """The chat about a picture of ``grid`` patches."""

@@ -58,6 +58,21 @@ def scores_of(found: Sequence[float | str]) -> Scores:
     return Scores(torch.tensor(values, dtype=torch.float32), reasons)
 
 
+def refuse_control(prompt: str, control: Sequence[str]) -> None:
+    """Refuse a prompt that would be read as structure, and so could answer for itself.
+
+    Args:
+        prompt: about to be put into a question.
+        control: texts that the tokenizer reads as ends of turns or places of pictures.
+
+    Raises:
+        MediaError: it holds one of them.
+    """
+    found = next((token for token in control if token in prompt), None)
+    if found is not None:
+        raise MediaError(f"the prompt holds '{found}', a control token of the judge")
+
+
 def talk(images: Sequence[PILImage], text: str, slot: str = "") -> Talk:
     """Pictures, then a question, then the beginning of the answer if there is one."""
     content = [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]

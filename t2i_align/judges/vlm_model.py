@@ -17,9 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from t2i_align.contract import MediaError
 from t2i_align.errors import ModelError
-from t2i_align.judges.vlm_common import Talk, VLMOptions
+from t2i_align.judges.vlm_common import Talk, VLMOptions, refuse_control
 from t2i_align.judges.weights import combined, sha256_of, weights_home
 
 WEIGHTS = (".safetensors", ".bin")
@@ -91,14 +90,8 @@ class VisionLanguage:
         return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *added]))
 
     def check(self, prompt: str) -> None:
-        """Refuse a prompt that would be read as structure, and so could answer for itself.
-
-        Raises:
-            MediaError: it holds a control token.
-        """
-        found = next((token for token in self.control if token in prompt), None)
-        if found is not None:
-            raise MediaError(f"the prompt holds '{found}', a control token of the judge")
+        """See :func:`~t2i_align.judges.vlm_common.refuse_control`."""
+        refuse_control(prompt, self.control)
 
     def first_tokens(self, levels: Mapping[str, Sequence[str]]) -> list[list[int]]:
         """Ids T_k of Eq. (1) for each level.
