@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i_align.checks_paths import key_of_path, reason
 from t2i_align.errors import Problem
 from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.generators.known import KNOWN
@@ -37,6 +38,7 @@ class Check:
         needs: sections and keys that must be valid for it to run.
         run: the function.
         cuda: asked with whether the run has a CUDA device; not asked when that is unknown.
+        machine: it tries something on the machine, so it is asked where the run starts.
     """
 
     name: str
@@ -44,19 +46,29 @@ class Check:
     needs: frozenset[str]
     run: Callable[[Recipe], Found]
     cuda: bool | None = None
+    machine: bool = False
+
+    def asked(self, cuda: bool | None) -> bool:
+        """Whether it applies to a machine with or without CUDA, or to no machine (None)."""
+        if self.machine:
+            return cuda is not None
+        return self.cuda is None or self.cuda is cuda
 
 
 CHECKS: list[Check] = []
 
 
 def check(
-    name: str, *needs: str, cuda: bool | None = None
+    name: str, *needs: str, cuda: bool | None = None, machine: bool = False
 ) -> Callable[[Callable[[Recipe], Found]], Callable[[Recipe], Found]]:
-    """Register a check under a name; ``cuda=False`` runs it only for machines without CUDA."""
+    """Register a check under a name; ``cuda=False`` runs it only for machines without CUDA.
+
+    ``machine`` runs it on any, but not for a recipe alone.
+    """
 
     def register(function: Callable[[Recipe], Found]) -> Callable[[Recipe], Found]:
         about = (function.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        CHECKS.append(Check(name, about, frozenset(needs), function, cuda))
+        CHECKS.append(Check(name, about, frozenset(needs), function, cuda, machine))
         return function
 
     return register
@@ -70,13 +82,25 @@ def run(recipe: Recipe, valid: set[str], *, cuda: bool | None = None) -> list[Pr
         valid: names of those sections.
         cuda: whether the run will have a CUDA device; None leaves out the checks that depend on it.
     """
-    asked = [c for c in CHECKS if c.needs <= valid and (c.cuda is None or c.cuda is cuda)]
-    return [problem for c in asked for problem in c.run(recipe)]
+    asked = [c for c in CHECKS if c.needs <= valid and c.asked(cuda)]
+    return list(dict.fromkeys(problem for c in asked for problem in _found(c, recipe)))
+
+
+def _found(asked: Check, recipe: Recipe) -> Found:
+    """Problems of one check; a path it cannot even look at is one too."""
+    try:
+        yield from asked.run(recipe)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of an unknown user
+        key = key_of_path(recipe, asked.needs, str(getattr(error, "filename", None) or "~"))
+        if key is None:
+            raise
+        yield Problem(key, f"is no path that can be looked at: {reason(error)}")
 
 
 def run_machine(recipe: Recipe, *, cuda: bool) -> dict[str, list[Problem]]:
     """Problems of a valid recipe on a machine with or without CUDA, by name of the check."""
-    found = {c.name: list(c.run(recipe)) for c in CHECKS if c.cuda is cuda}
+    asked = [c for c in CHECKS if c.machine or c.cuda is cuda]
+    found = {c.name: list(c.run(recipe)) for c in asked}
     return {name: problems for name, problems in found.items() if problems}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i_align.checks import CHECKS, Found, check
 from t2i_align.errors import Problem
+from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.train.rounds_options import changed
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ def _samples(recipe: Recipe) -> Found:
     if samples is None:
         return
     generator = recipe.chosen("model")
-    if generator.media_kind != "image":
+    model, makes = recipe.model, generator.media_kind
+    if isinstance(model, DiffusersOptions) and model.num_frames > 1:
+        makes = "video"
+    if makes != "image":
         yield Problem(
             "rounds.samples",
-            f"judges look at pictures, and {generator.__name__} makes {generator.media_kind}",
+            f"judges look at pictures, and {generator.__name__} makes {makes}",
             fix="use rounds.data (staged data), or a generator of pictures",
         )
     layout = recipe.needs.layout

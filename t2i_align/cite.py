@@ -22,10 +22,10 @@ def citations(recipe: Recipe) -> list[str]:
 def model_citation(recipe: Recipe) -> str:
     """BibTeX of the model family; empty when it cannot be told without a download."""
     if isinstance(recipe.model, DiffusersOptions):
-        from t2i_align.generators.layouts import LAYOUTS
+        from t2i_align.generators.layouts import layout_of
 
         family = known_family(recipe.model)
-        return LAYOUTS[family].citation if family else ""
+        return layout_of(family).citation if family else ""
     return recipe.chosen("model").citation
 
 

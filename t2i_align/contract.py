@@ -40,7 +40,7 @@ class Media:
     Args:
         kind: modality.
         data: encoded bytes (image file), or a tensor: codes ``(T,)`` int64, voxels ``(c, d, h,
-            w)``, image ``(3, h, w)`` in [0, 1], audio ``(n,)``.
+            w)``, image ``(3, h, w)`` and video ``(3, f, h, w)`` in [0, 1], audio ``(n,)``.
         meta: e.g. ``{"sample_rate": 16000}``.
     """
 
@@ -331,6 +331,7 @@ class SamplingInputs:
         guidance: classifier-free guidance scale, 1 = off.
         shape: latent shape ``*L`` of one item.
         plan: whatever else the family's sampler needs (a configured scheduler).
+        guider: joins the guided branches where the pipeline has a component for it.
     """
 
     cond: TensorDict
@@ -339,6 +340,7 @@ class SamplingInputs:
     guidance: float
     shape: tuple[int, ...]
     plan: Any = None
+    guider: Any = None
 
     def items(self, index: slice) -> SamplingInputs:
         """Some of the prompts."""

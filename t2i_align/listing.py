@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from t2i_align.catalog import KINDS as CARD_KINDS
@@ -11,6 +13,7 @@ from t2i_align.catalog import cards
 from t2i_align.registry import Table, resolve
 
 Row = dict[str, Any]
+VERIFIED = Path(__file__).parent / "generators" / "verified.json"
 
 
 def first_line(thing: Any) -> str:
@@ -42,12 +45,24 @@ def objectives() -> list[Row]:
 
 
 def generators() -> list[Row]:
-    """Generators, with their likelihood and medium."""
+    """Generators, with their likelihood and medium; of diffusers every family that is proven.
+
+    Proofs are those of docs/backbones.md, run by the tests.
+    """
     from t2i_align.generators import GENERATORS
 
-    return [
+    rows = [
         {"name": name, "kind": cls.kind, "media": cls.media_kind, "summary": first_line(cls)}
         for name, cls in _classes(GENERATORS)
+    ]
+    return rows + [
+        {
+            "name": f"diffusers: {found['name']}",
+            "kind": "elbo",
+            "media": found["media"],
+            "summary": f"{found['pipelines']}; proofs: {found['proofs']}",
+        }
+        for found in json.loads(VERIFIED.read_text())
     ]
 
 

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, SerializeAsAny
 
-from t2i_align import checks, checks_rollout, checks_rounds  # noqa: F401 register checks
+from t2i_align import (  # noqa: F401 register checks
+    checks,
+    checks_buckets,
+    checks_cache,
+    checks_model,
+    checks_rollout,
+    checks_rounds,
+)
 from t2i_align.data import SOURCES
 from t2i_align.data.options import RecordOptions
 from t2i_align.errors import Problem, RecipeError, UserError

@@ -9,6 +9,8 @@ non-finite numbers are errors here, because no reader of this package can mean t
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
@@ -22,6 +24,9 @@ COMMAND_LINE = "command line"
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 16
 MAX_EVENTS = 5_000
+MAX_DIGITS = 1_000  # the interpreter converts at most 4300
+NUMBER = re.compile(rf"[-+]?(0x|0o|0b)?[0-9a-f_]{{{MAX_DIGITS},}}", re.IGNORECASE)
+CORE_TAG = "tag:yaml.org,2002:"
 
 
 def dotted(path: KeyPath) -> str:
@@ -91,20 +96,33 @@ class _Plain:
                 self.lines[(*path, str(key))] = marks[key][0] + 1
             if not isinstance(key, str):
                 raise self.fail((*path, str(key)), f"key {key!r} is not text", "quote the key")
+            self._unicode(key, path)
             plain[str(key)] = self.convert(value, (*path, str(key)))
         return plain
+
+    def _unicode(self, text: str, path: KeyPath) -> None:
+        """Refuse escapes that no file name, file or screen takes."""
+        if "\0" in text:
+            raise self.fail(path, "the character U+0000 is not allowed")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise self.fail(path, "half a character (a lone surrogate)", "write the character")
 
     def _scalar(self, node: Any, path: KeyPath) -> Any:
         if node is None or isinstance(node, bool):
             return node
         if isinstance(node, int):
             # ruamel's booleans with an anchor and its formatted integers are subclasses of int.
-            return bool(node) if type(node).__name__ == "ScalarBoolean" else int(node)
+            if type(node).__name__ == "ScalarBoolean":
+                return bool(node)
+            if abs(node) > sys.float_info.max:
+                raise self.fail(path, "got a number beyond 1.8e308; numbers must be finite")
+            return int(node)
         if isinstance(node, float):
             if not math.isfinite(node):
                 raise self.fail(path, f"got {float(node)}; numbers must be finite")
             return float(node)
         if isinstance(node, str):
+            self._unicode(node, path)
             return str(node)
         kind = "a date" if hasattr(node, "isoformat") else "a tagged value"
         raise self.fail(path, f"{kind} is not allowed here", "quote it to make it text")
@@ -121,8 +139,16 @@ def _screen(text: str) -> None:
         starts = isinstance(event, (kinds.MappingStartEvent, kinds.SequenceStartEvent))
         ends = isinstance(event, (kinds.MappingEndEvent, kinds.SequenceEndEvent))
         depth += int(starts) - int(ends)
+        tag = getattr(event, "tag", None)
+        version = getattr(event, "version", None)
         if isinstance(event, kinds.AliasEvent):
             problem = "aliases are not read; write the value out, or quote it if it is text"
+        elif tag is not None and str(tag).startswith(CORE_TAG):
+            problem = "tags are not read; quote a value to make it text, else write it plain"
+        elif isinstance(event, kinds.DocumentStartEvent) and version not in (None, (1, 2)):
+            problem = "recipes are YAML 1.2; remove the %YAML line"
+        elif isinstance(event, kinds.ScalarEvent) and NUMBER.fullmatch(event.value):
+            problem = f"a number of more than {MAX_DIGITS} digits"
         elif depth > MAX_DEPTH or count > MAX_EVENTS:
             problem = f"nested deeper than {MAX_DEPTH} or more than {MAX_EVENTS} values"
         else:
@@ -139,6 +165,7 @@ def _load(text: str, name: str) -> Any:
     """Ruamel's round-trip tree, with syntax errors as problems."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.reader import ReaderError
 
     try:
         _screen(text)
@@ -148,8 +175,13 @@ def _load(text: str, name: str) -> Any:
         line = 1 if mark is None else mark.line + 1
         where = COMMAND_LINE if name == COMMAND_LINE else f"{name}:{line}"
         problem = Problem("YAML", str(error.problem or error.context), where)
-    except YAMLError as error:
-        problem = Problem("YAML", str(error).splitlines()[0], name)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        said = f"the character U+{error.character:04X} is not allowed in a file"
+        problem = Problem("YAML", said, COMMAND_LINE if name == COMMAND_LINE else f"{name}:{line}")
+    except (YAMLError, ValueError) as error:  # of a value that is not what it looks like
+        place = COMMAND_LINE if name == COMMAND_LINE else f"{name}:1"
+        problem = Problem("YAML", str(error).splitlines()[0], place)
     raise RecipeError([problem], name)
 
 
@@ -191,7 +223,9 @@ def read(path: Path, name: str | None = None) -> Document:
         problem = Problem("file", f"cannot be read: {error.strerror}", name)
         raise RecipeError([problem], name) from error
     except UnicodeDecodeError as error:
-        problem = Problem("file", f"is not UTF-8 text (byte {error.start})", name)
+        line = raw[: error.start].count(b"\n") + 1
+        said = f"is not UTF-8 text (byte {error.start})"
+        problem = Problem("file", said, f"{name}:{line}")
         raise RecipeError([problem], name) from error
     return parse_text(text, name)
 

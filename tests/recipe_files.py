@@ -55,6 +55,8 @@ def in_place(name: str, folder: Path) -> str:
         return "rollout.prompts=[a cat]"
     if kind == "captions":
         row = {"image": [b"0"], "prompt": ["a"], "negative_prompt": ["b"]}
+    elif kind == "trl":
+        row = {"prompt": ["a"], "chosen": [b"0"], "rejected": [b"1"]}
     elif kind == "ranked":
         row = {"prompt": ["a"], "images": [[b"0", b"1"]], "ranks": [[0, 1]]}
     else:

@@ -29,8 +29,12 @@ VERBS: dict[str, str] = {
     "compare": "t2i_align.cli.compare:compare",
     "bench": "t2i_align.cli.bench:bench",
     "report": "t2i_align.cli.html_report:report",
+    "export": "t2i_align.cli.export:export",
+    "push": "t2i_align.cli.push:push",
+    "adapter": "t2i_align.cli.adapter:adapter",
     "scenes": "t2i_align.cli.scenes:scenes",
     "quickstart": "t2i_align.cli.quickstart:quickstart",
+    "cache": "t2i_align.cli.cache:cache",
     "doctor": "t2i_align.cli.doctor:doctor",
     "cite": "t2i_align.cli.cite:cite",
 }

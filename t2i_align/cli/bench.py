@@ -49,3 +49,39 @@ def objectives(
     settings = Settings(out, per_task, prompt_seed, tuple(override or ()))
     rows = run(entries(recipe, numbers, controls=controls), settings, Console(stderr=True), minutes)
     print_rows(f"{out}: held-out prompts, same noise as the base", lines(rows))
+
+
+@bench.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the bench.")] = Path("outputs/bench_train"),
+    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of each layout.")] = 3,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; without, a random one of SDXL's kind.")
+    ] = None,
+    resolution: Annotated[int, typer.Option(min=64, help="Side of its pictures.")] = 256,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of one step.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """One DPO step from live everything to all cached: FLOPs and seconds; may be continued."""
+    from rich.console import Console
+
+    from t2i_align.cli.show import print_rows
+    from t2i_align.errors import UserError
+
+    if precision not in ("no", "bf16") or device not in ("cpu", "cuda"):
+        raise UserError(
+            f"--precision, --device: got '{precision}' and '{device}'",
+            "give no or bf16, and cpu or cuda",
+        )
+    from t2i_align.train.bench import Bench, markdown, notes
+    from t2i_align.train.bench_step import Settings
+
+    settings = Settings(model, resolution, pairs, rank, precision, device)  # type: ignore[arg-type]
+    measured = Bench(out, settings)
+    measured.run(rounds, Console(stderr=True))
+    (out / "table.md").write_text(markdown(measured))
+    print_rows(f"{out}: one step of each layout", measured.table())
+    for note in notes(measured):
+        typer.echo(note)

@@ -1,4 +1,4 @@
-"""``t2i-align generate``: pictures from a model, with or without a trained adapter."""
+"""``t2i-align generate``: pictures or clips from a model, with or without a trained adapter."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def generate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
     resolution: Annotated[int, typer.Option(min=16, help="Side in pixels.")] = 512,
+    num_frames: Annotated[int, typer.Option(min=1, help="Video: frames of a clip.")] = 1,
+    frame_rate: Annotated[float, typer.Option(min=0.1, help="Video: frames a second.")] = 25.0,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 30,
     guidance_scale: Annotated[float, typer.Option(min=1, help="1 turns guidance off.")] = 5.0,
     max_sequence_length: Annotated[
@@ -38,7 +40,7 @@ def generate(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the network.")
     ] = "float32",
 ) -> None:
-    """Generate pictures; continues where an interrupted call stopped."""
+    """Generate pictures or clips; continues where an interrupted call stopped."""
     import torch
     from rich.console import Console
 
@@ -56,6 +58,8 @@ def generate(
         name_or_path=model,
         revision=revision,
         resolution=resolution,
+        num_frames=num_frames,
+        frame_rate=frame_rate,
         dtype=dtype,
         max_sequence_length=max_sequence_length,
     )

@@ -24,6 +24,7 @@ def validate(
     from t2i_align.cli.show import print_json
     from t2i_align.recipe import load_recipe
     from t2i_align.train.plan import plan
+    from t2i_align.train.shapes import shape_rows, shapes
 
     hush()
     try:
@@ -32,13 +33,13 @@ def validate(
         if as_json:
             print_json({"recipe": recipe, "ok": False, "problems": _plain(error.problems)})
         raise
-    found, notes = plan(loaded), _notes(loaded)
+    found, buckets, notes = plan(loaded), shapes(loaded), _notes(loaded)
     if as_json:
         facts = {"recipe": recipe, "ok": True, "fingerprint": loaded.fingerprint()}
-        facts |= {"plan": found.to_dict(), "checks": _checks(notes)}
+        facts |= {"plan": found.to_dict(), "buckets": buckets, "checks": _checks(notes)}
         print_json(facts | {"notes": _plain(list(chain(*notes.values())))})
         return
-    _print(recipe, found.rows(), notes)
+    _print(recipe, [*found.rows(), *shape_rows(buckets)], notes)
 
 
 def _print(recipe: str, rows: list[tuple[str, str]], notes: Notes) -> None:

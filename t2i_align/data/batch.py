@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from t2i_align.contract import Coupling, Layout, Sample, Seeds
+from t2i_align.data.buckets import variant_at
 from t2i_align.data.cache import TensorStore
 from t2i_align.data.manifest import Manifest, ManifestRow, Report, digest
 from t2i_align.errors import DataError
@@ -155,7 +156,8 @@ class Prepared:
             column = self.manifest.table[name].combine_chunks()
             flat = column if name == "id" else column.flatten()
             hasher.update("\n".join(flat.to_pylist()).encode())
-        for name in ("preference", "labels", "ranks", "values", "weight"):
+        bucketed = ["size"] if self.manifest.has_sizes else []
+        for name in ("preference", "labels", "ranks", "values", "weight", *bucketed):
             hasher.update(repr(self.manifest.table[name].to_pylist()).encode())
         self._identity = hasher.hexdigest()
         return self._identity
@@ -181,6 +183,8 @@ class Prepared:
             empty_prompts: probability that a record's prompts are dropped.
         """
         rows = [self.manifest[index] for index, _ in picks]
+        if len({tuple(row.size) for row in rows}) > 1:
+            raise ValueError("records of several buckets cannot share a batch; see BucketOrder")
         slots = self._slots(rows, [draw for _, draw in picks])
         num_pairs = len(rows) if self.layout == "pairs" else 0
         return Batch(
@@ -213,11 +217,14 @@ class Prepared:
         states, conds, metas = [], [], []
         for slot in slots:
             row = slot.row
-            key = media_key(row.keys[slot.item], self._variant(run_seed, row.id, slot.draw))
+            variant = variant_at(row.size, self._variant(run_seed, row.id, slot.draw))
+            key = media_key(row.keys[slot.item], variant)
             dropped = uniform01(run_seed, row.id, slot.draw, "caption") < empty_prompts
+            text = prompt_key("") if dropped else row.prompt_keys[slot.item]
             states.append(self.media.get(key))
-            conds.append(self._cond(prompt_key("") if dropped else row.prompt_keys[slot.item]))
+            conds.append(self._cond(text))
             facts = {"record_id": row.id, "prompt": row.prompts[slot.item]}
+            facts |= {"media_key": key, "prompt_key": text}  # what a reference cache knows it by
             metas.append(self.media.meta(key) | facts)
         return self.generator.assemble(states, conds, metas)
 

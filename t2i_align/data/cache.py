@@ -4,13 +4,15 @@ A store is a folder of ``shard-<uuid>.safetensors``. A tensor is named ``{key}/{
 facts of an entry are in the shard's header under its key. There is no index file to tear: the
 headers are the index. A shard is written to a temporary file, synced and renamed, so a kill at any
 moment leaves whole shards and at most one stray temporary file. Reading is memory-mapped: what
-:meth:`TensorStore.get` returns is a view of the file.
+:meth:`TensorStore.get` returns is a view of the file. The header also holds a hash of all tensors,
+which :func:`problem_of` compares; shards of earlier versions have none and are read all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 FLUSH_BYTES = 256 * 2**20
 FLUSH_SECONDS = 300.0
 STALE_SECONDS = 3600.0
+HASH = "sha256"  # in a header's metadata; no key of an entry, which are content hashes
+NO_HASH = "has no hash: an earlier version wrote it"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -113,6 +117,37 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """One hash over names, types, shapes and contents."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        _hash_into(hasher, name, tensors[name])
+    return hasher.hexdigest()
+
+
+def _hash_into(hasher: Any, name: str, tensor: Tensor) -> None:
+    hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    hasher.update(plain.view(torch.uint8).numpy())
+
+
+def problem_of(path: Path) -> str:
+    """What is wrong with a shard: empty, :data:`NO_HASH`, or why it is not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    hasher = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get(HASH)
+            for name in sorted(file.keys()) if written else ():
+                _hash_into(hasher, name, file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        return f"cannot be read: {error}"
+    if written is None:
+        return NO_HASH
+    return "" if hasher.hexdigest() == written else "its contents are not what was written"
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, who: str, fix: str) -> TensorDict:
@@ -275,6 +310,7 @@ class TensorStore:
             for name, tensor in entry.items()
         }
         facts = {key: json.dumps(meta) for key, (_, meta) in self._pending.items() if meta}
+        facts[HASH] = tensors_sha256(tensors)
         path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
         with atomic(path) as temporary:
             save_file(tensors, temporary, metadata=facts)

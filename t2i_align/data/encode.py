@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from t2i_align.contract import Encoded
+from t2i_align.contract import Encoded, TensorDict
 from t2i_align.data.cache import TensorStore, cast
+from t2i_align.errors import ModelError
 from t2i_align.protocols import Generator
 
 MEDIA_FIX = (
     "non-finite latents: the SDXL VAE overflows in float16; set model.vae_dtype: float32 or "
-    "model.vae_name_or_path: madebyollin/sdxl-vae-fp16-fix"
+    "bfloat16, or model.vae_name_or_path: madebyollin/sdxl-vae-fp16-fix"
 )
 TEXT_FIX = "the text encoder overflowed; set model.dtype: float32 or bfloat16"
 
@@ -71,10 +72,19 @@ class MediaQueue:
         group = self._waiting.pop(shapes)
         results = self.generator.encode_media([loaded for _, _, loaded in group])
         for (key, record_id, _), result in zip(group, results, strict=True):
-            state = cast(result.state, self.dtype, f"record '{record_id}'", MEDIA_FIX)
+            state = self._cast(record_id, result)
             self.store.put(key, state, result.meta)
             self._keys.discard(key)
             self.num_encoded += 1
+
+    def _cast(self, record_id: str, result: Encoded) -> TensorDict:
+        """What the store keeps; an error says which record, and what the VAE ran in."""
+        try:
+            return cast(result.state, self.dtype, f"record '{record_id}'", MEDIA_FIX)
+        except ModelError as error:
+            held = self.generator.media_key().get("vae_dtype")
+            where = f" (model.vae_dtype: {held})" if held else ""
+            raise ModelError(f"{error.message}{where}", error.fix) from error
 
 
 @dataclass

@@ -22,7 +22,7 @@ from t2i_align.data.media import cell_media
 from t2i_align.data.options import FileOptions, RecordOptions
 from t2i_align.data.records import Item, Record
 from t2i_align.data.rows import Row, Rows
-from t2i_align.data.source import Stats, record_options, usable
+from t2i_align.data.source import Stats, record_options, usable, whole_text
 from t2i_align.errors import DataError
 from t2i_align.options import Options
 
@@ -109,6 +109,7 @@ class Folder:
         prompt = cells.get("prompt", cells.get("text"))
         if not isinstance(prompt, str):
             raise MediaError("prompt is missing")
+        prompt = whole_text(prompt, "prompt")
         if cells.get("chosen") is not None:
             sides = ("chosen", "rejected")
             items = tuple(

@@ -10,7 +10,7 @@ from t2i_align.errors import DataError
 
 
 def hub_rows(options: FileOptions) -> Iterator[dict[str, Any]]:
-    """Rows of ``hub_id``; image columns stay undecoded ``{bytes, path}``.
+    """Rows of ``hub_id``; image and video columns stay undecoded ``{bytes, path}``.
 
     Raises:
         DataError: the data set, its revision or split cannot be loaded.
@@ -25,8 +25,8 @@ def hub_rows(options: FileOptions) -> Iterator[dict[str, Any]]:
             str(options.hub_id), split=options.split, revision=options.revision, streaming=True
         )
         for name, feature in (stream.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                stream = stream.cast_column(name, datasets.Image(decode=False))
+            if isinstance(feature, datasets.Image | datasets.Video):
+                stream = stream.cast_column(name, type(feature)(decode=False))
         yield from stream
     except Exception as error:  # network, permission, repository or format: many types, one remedy
         raise DataError(

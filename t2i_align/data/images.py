@@ -1,9 +1,9 @@
-"""Opening images that strangers made, and fitting them to a square.
+"""Opening images that strangers made, and fitting them to a square or another shape.
 
 Opening is bounded: the header is checked before a pixel is decoded, so a small file cannot claim
 all memory. EXIF orientation is applied, transparency is composited on white. Fitting is the
-transform of the released trainers: resize the shorter side (bilinear, antialiased), crop, maybe
-mirror, scale to [-1, 1].
+transform of the released trainers: resize until the shape is covered, which for a square means
+resizing the shorter side (bilinear, antialiased), crop, maybe mirror, scale to [-1, 1].
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+ORIENTATION = 0x0112  # EXIF tag
+TURNED = (5, 6, 7, 8)  # its values that swap height and width
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,42 @@ def open_image(data: bytes | str | Path) -> PILImage:
     Raises:
         MediaError: empty, not an image, truncated, over :data:`MAX_BYTES` or :data:`MAX_PIXELS`.
     """
+    from PIL import ImageOps
+
+    image = opened(data)
+    try:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # a broken file may raise anything inside a decoder
+        raise MediaError(f"cannot decode this {image.format} file: {error}") from error
+
+
+def image_size(data: bytes | str | Path) -> tuple[int, int]:
+    """True (height, width) of an image file, EXIF orientation applied, from its header.
+
+    Only a format that may keep EXIF behind the pixels (PNG) is decoded for it.
+
+    Raises:
+        MediaError: as :func:`open_image`, as far as the header tells.
+    """
+    image = opened(data)
+    width, height = image.size
+    try:
+        turned = image.getexif().get(ORIENTATION) in TURNED
+    except Exception as error:  # as above
+        raise MediaError(f"cannot decode this {image.format} file: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def opened(data: bytes | str | Path) -> PILImage:
+    """An image whose header was read and is within bounds."""
     if not isinstance(data, bytes):
         data = _read(Path(data))
     if not data:
         raise MediaError("empty file (0 bytes)")
     if len(data) > MAX_BYTES:
         raise MediaError(f"{len(data) / 2**20:.0f} MiB; the limit is {MAX_BYTES >> 20} MiB")
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -63,25 +94,25 @@ def open_image(data: bytes | str | Path) -> PILImage:
     except Exception as error:  # a broken header may raise anything inside a decoder
         raise MediaError(f"not an image (starts with {data[:8]!r})") from error
     width, height = image.size
+    if width < 1 or height < 1:
+        raise MediaError(f"{width} x {height} pixels by its header")
     if width * height > MAX_PIXELS:
         limit = f"{MAX_PIXELS / 1e6:.0f} megapixels"
         raise MediaError(f"{width} x {height} pixels by its header; the limit is {limit}")
-    try:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # as above
-        raise MediaError(f"cannot decode this {image.format} file: {error}") from error
+    return image
 
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise MediaError(f"{path} is no regular file")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise MediaError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _to_rgb(image: PILImage) -> PILImage:
+def to_rgb(image: PILImage) -> PILImage:
     """RGB of any mode; 16-bit greys keep their high byte, transparency becomes white."""
     from PIL import Image
 
@@ -94,10 +125,12 @@ def _to_rgb(image: PILImage) -> PILImage:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _resized(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """Height and width after the shorter side became ``resolution``; the longer rounds down."""
-    short = min(height, width)
-    return resolution * height // short, resolution * width // short
+def _resized(original: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Height and width once the target is covered: one side equals it, the other rounds down."""
+    (height, width), (to_height, to_width) = original, target
+    if to_height * width >= to_width * height:
+        return to_height, to_height * width // height
+    return to_width * height // width, to_width
 
 
 def _corner(
@@ -111,39 +144,40 @@ def _corner(
 
 def fit(
     image: PILImage,
-    resolution: int,
+    size: int | tuple[int, int],
     crop: Literal["center", "random"],
     seed_key: str,
     flip: bool,
 ) -> tuple[Tensor, SizeInfo]:
-    """A square tensor of an image.
+    """A tensor of one shape from an image of any.
 
     Args:
         image: RGB.
-        resolution: side r of the square.
+        size: (height, width) h, w of the crop, or the side of a square.
         crop: ``random`` is a function of ``seed_key``, so that the result can be cached.
         seed_key: content hash of the image.
-        flip: mirror the crop; the crop's left edge is then that of the mirrored image, ``w - (x +
-            r)``.
+        flip: mirror the crop; the crop's left edge is then that of the mirrored image, ``W - (x +
+            w)`` with W the resized image's width.
 
     Returns:
-        Pixels ``(3, r, r)`` float32 in [-1, 1], and the size conditions.
+        Pixels ``(3, h, w)`` float32 in [-1, 1], and the size conditions.
     """
     import numpy as np
     from PIL import Image
 
     original = (image.height, image.width)
-    height, width = _resized(*original, resolution)
+    target = (size, size) if isinstance(size, int) else size
+    height, width = _resized(original, target)
     if height * width > MAX_PIXELS:
         raise MediaError(
             f"an image of {original[1]} x {original[0]} pixels is too long: resized it would be "
             f"{width} x {height}"
         )
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    top, left = _corner((height - resolution, width - resolution), crop, seed_key)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    top, left = _corner((height - target[0], width - target[1]), crop, seed_key)
+    image = image.crop((left, top, left + target[1], top + target[0]))
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left = width - (left + resolution)
+        left = width - (left + target[1])
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).mul(2).sub(1)
-    return pixels.contiguous(), SizeInfo(original, (top, left), (resolution, resolution))
+    return pixels.contiguous(), SizeInfo(original, (top, left), target)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.data.cache import atomic, commit, saving, temporary_name
+from t2i_align.plain_json import loads
 
 FORMAT = 1
 CHUNK_ROWS = 4096
@@ -39,6 +40,7 @@ class ManifestRow:
         ranks: 0 = best; empty when not ranked.
         values: judge numbers or None.
         weight: of the record.
+        size: (height, width) of its bucket; empty without buckets.
     """
 
     id: str
@@ -50,6 +52,7 @@ class ManifestRow:
     ranks: list[int]
     values: list[float | None]
     weight: float
+    size: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -64,6 +67,9 @@ class Report:
         unused: records the layout has no use for (an item labelled bad, where only winners count).
         num_skipped: records dropped for a broken or missing medium or cell.
         skipped: (id, reason) of the first 1000.
+        buckets: records in each aspect bucket, named HxW; empty without buckets.
+        beyond_aspect: records whose winner is narrower or wider than the buckets are meant for; it
+            is cropped to the nearest.
         by_path: some media are files named by rows, which may change under the same rows.
         encoded_media: media encoded by this run; 0 when all were cached.
         encoded_prompts: the same for prompts.
@@ -76,6 +82,8 @@ class Report:
     unused: int = 0
     num_skipped: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    buckets: dict[str, int] = field(default_factory=dict)
+    beyond_aspect: int = 0
     by_path: bool = False
     encoded_media: int = 0
     encoded_prompts: int = 0
@@ -85,23 +93,22 @@ class Report:
         return asdict(self)
 
 
-def _schema() -> Any:
+def _schema(*, bucketed: bool) -> Any:
     import pyarrow as pa
 
     text = pa.list_(pa.string())
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("keys", text),
-            ("prompts", text),
-            ("prompt_keys", text),
-            ("preference", pa.float64()),
-            ("labels", pa.list_(pa.int8())),
-            ("ranks", pa.list_(pa.int32())),
-            ("values", pa.list_(pa.float64())),
-            ("weight", pa.float64()),
-        ]
-    )
+    columns = [
+        ("id", pa.string()),
+        ("keys", text),
+        ("prompts", text),
+        ("prompt_keys", text),
+        ("preference", pa.float64()),
+        ("labels", pa.list_(pa.int8())),
+        ("ranks", pa.list_(pa.int32())),
+        ("values", pa.list_(pa.float64())),
+        ("weight", pa.float64()),
+    ]
+    return pa.schema([*columns, ("size", pa.list_(pa.int32()))] if bucketed else columns)
 
 
 class Writer:
@@ -109,19 +116,21 @@ class Writer:
 
     Args:
         path: of the manifest.
+        bucketed: every row has a size.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, bucketed: bool = False) -> None:
         """Open the temporary file."""
         import pyarrow as pa
 
         self.path = path
+        self._schema = _schema(bucketed=bucketed)
         self.num_rows = 0
         self._rows: list[dict[str, Any]] = []
         self._temporary = temporary_name(path)
         with saving(path):
             self._file = pa.OSFile(str(self._temporary), "wb")
-            self._sink = pa.ipc.new_file(self._file, _schema())
+            self._sink = pa.ipc.new_file(self._file, self._schema)
 
     def add(self, row: ManifestRow) -> None:
         """Append a record."""
@@ -134,7 +143,7 @@ class Writer:
         import pyarrow as pa
 
         with saving(self.path):
-            self._sink.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_schema()))
+            self._sink.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
         self._rows = []
 
     def commit(self, report: Report) -> None:
@@ -164,7 +173,7 @@ def load(path: Path) -> tuple[Manifest, Report] | None:
     import pyarrow as pa
 
     try:
-        facts = json.loads(_report_path(path).read_text(encoding="utf-8"))
+        facts = loads(_report_path(path).read_text(encoding="utf-8"))
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         facts["skipped"] = [(name, reason) for name, reason in facts["skipped"]]
         return Manifest(table), Report(**facts)
@@ -185,6 +194,7 @@ class Manifest:
         self.has_labels = self._any("labels")
         self.has_values = self._any("values")
         self.has_ranks = self._any("ranks")
+        self.has_sizes = "size" in table.schema.names
         self.has_weights = table["weight"].unique().to_pylist() not in ([], [1.0])
 
     def _any(self, column: str) -> bool:
@@ -214,6 +224,22 @@ class Manifest:
         return ManifestRow(
             **{name: self.table[name][index].as_py() for name in self.table.schema.names}
         )
+
+    def sizes(self) -> Any:
+        """``(N, 2)`` int64 array, the (height, width) of every record's bucket; None without."""
+        import numpy as np
+
+        if not self.has_sizes:
+            return None
+        parts = [chunk.flatten().to_numpy() for chunk in self.table["size"].chunks]
+        return np.concatenate(parts).astype(np.int64).reshape(-1, 2)
+
+    def media(self) -> set[tuple[str, tuple[int, ...]]]:
+        """Every medium at every size some record has it in; without buckets the size is ()."""
+        if not self.has_sizes:
+            return {(key, ()) for key in self.unique("keys")}
+        rows = zip(self.table["keys"].to_pylist(), self.sizes().tolist(), strict=True)
+        return {(key, tuple(size)) for keys, size in rows for key in keys}
 
     def unique(self, column: str) -> set[str]:
         """Distinct entries of a list column."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from t2i_align.contract import Media, MediaError
 
-CellKind = Literal["image", "codes", "voxels"]
+CellKind = Literal["image", "video", "codes", "voxels"]
 MAX_BYTES = 256 * 2**20
 
 
@@ -27,9 +30,9 @@ def cell_media(kind: CellKind, value: Any, folder: Path | None) -> Media:
 
     Args:
         kind: what the cell holds.
-        value: image: bytes, Hugging Face's ``{bytes, path}`` or a path; codes: list of integers;
-            voxels: nested list ``(c, d, h, w)`` or ``(d, h, w)``, the bytes of a ``.npy`` file, or
-            its path.
+        value: image or video: bytes, Hugging Face's ``{bytes, path}`` or a path; codes: list of
+            integers; voxels: nested list ``(c, d, h, w)`` or ``(d, h, w)``, the bytes of a ``.npy``
+            file, or its path.
         folder: what relative paths start from.
 
     Raises:
@@ -41,21 +44,43 @@ def cell_media(kind: CellKind, value: Any, folder: Path | None) -> Media:
 
 
 def _path(value: str, folder: Path | None) -> Path:
+    """The file a row names; rows are a stranger's, so it lies in the folder they came with."""
     if "://" in value:
         raise MediaError(f"'{value}' is a URL; download the media first")
-    path = Path(value).expanduser()
-    return path if path.is_absolute() or folder is None else folder / path
+    if folder is None:
+        raise MediaError(f"'{value}' is a file's name; a row of the hub brings its media as bytes")
+    path = folder / value
+    if not is_inside(path, folder):
+        raise MediaError(
+            f"'{value[:200]}' leads out of {folder}; rows may only name files there "
+            "(data.image_dir: another folder)"
+        )
+    return path
 
 
-def _image(value: Any, folder: Path | None) -> Media:
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file, links followed, lies in a folder; files of a hub download may be links."""
+    try:
+        real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    except (ValueError, OSError):  # not a path at all
+        return False
+    homes = [root]
+    if "snapshots" in root.parts:  # <repository>/snapshots/<revision>/... -> <repository>/blobs
+        depth = len(root.parts) - root.parts[::-1].index("snapshots") - 1
+        homes.append(Path(*root.parts[:depth], "blobs"))
+    return any(real.is_relative_to(home) for home in homes)
+
+
+def _file(kind: Literal["image", "video"], value: Any, folder: Path | None) -> Media:
     if isinstance(value, dict):
         data = value.get("bytes")
-        return cell_media("image", value.get("path") if data is None else data, folder)
+        return cell_media(kind, value.get("path") if data is None else data, folder)
     if isinstance(value, bytes | bytearray | memoryview):
-        return Media("image", bytes(value))
+        return Media(kind, bytes(value))
     if isinstance(value, str):
-        return Media("image", _path(value, folder))
-    raise MediaError(f"an image is bytes, {{bytes, path}} or a path, got {type(value).__name__}")
+        return Media(kind, _path(value, folder))
+    what = {"image": "an image", "video": "a video"}[kind]
+    raise MediaError(f"{what} is bytes, {{bytes, path}} or a path, got {type(value).__name__}")
 
 
 def _codes(value: Any, folder: Path | None) -> Media:
@@ -97,7 +122,8 @@ def _grid(voxels: Tensor) -> Tensor:
 
 
 _CELLS: dict[CellKind, Callable[[Any, Path | None], Media]] = {
-    "image": _image,
+    "image": partial(_file, "image"),
+    "video": partial(_file, "video"),
     "codes": _codes,
     "voxels": _voxels,
 }
@@ -113,7 +139,10 @@ def resolve(media: Media) -> Media:
         return media
     path = media.data
     try:
-        if path.stat().st_size > MAX_BYTES:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise MediaError(f"{path} is no regular file")
+        if about.st_size > MAX_BYTES:
             raise MediaError(f"{path.name}: larger than {MAX_BYTES >> 20} MiB")
         data = path.read_bytes()
     except FileNotFoundError as error:

@@ -6,17 +6,27 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t2i_align.contract import Media
+from t2i_align.contract import Media, MediaError
+from t2i_align.data.video import save_clip
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def to_image(media: Media) -> Any:
-    """An image medium ``(3, h, w)`` in [0, 1] as PIL."""
+    """An image medium ``(3, h, w)`` in [0, 1] as PIL.
+
+    Raises:
+        MediaError: it is something else.
+    """
     from PIL import Image
 
+    if media.kind != "image":
+        raise MediaError(f"a picture is needed here, and this model makes {media.kind}")
     array = (media.data.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.asarray(array))
 
@@ -35,8 +45,21 @@ def image_grid(media: Sequence[Media]) -> Any:
     return sheet
 
 
+def clip_grid(media: Sequence[Media]) -> Tensor:
+    """All clips of one size side by side, row by row, as one clip ``(3, f, h, w)``."""
+    import torch
+
+    columns = math.ceil(math.sqrt(len(media)))
+    blank = torch.ones_like(media[0].data)
+    cells = [m.data for m in media] + [blank] * (-len(media) % columns)
+    rows = [torch.cat(cells[i : i + columns], 3) for i in range(0, len(cells), columns)]
+    return torch.cat(rows, 2)
+
+
 def save_media(media: Sequence[Media], prompts: Sequence[str], stem: Path) -> Path:
-    """Save a batch beside its prompts: a PNG sheet for images, JSON for codes, NPZ for voxels.
+    """Save a batch beside its prompts.
+
+    A PNG sheet for images, an MP4 of all clips side by side, JSON for codes, NPZ for voxels.
 
     Args:
         media: equally many as ``prompts``, of one kind.
@@ -59,6 +82,10 @@ def save_media(media: Sequence[Media], prompts: Sequence[str], stem: Path) -> Pa
     if kind == "image":
         path = stem.with_suffix(".png")
         image_grid(media).save(path)
+        return path
+    if kind == "video":
+        path = stem.with_suffix(".mp4")
+        save_clip(clip_grid(media), path, media[0].meta["frame_rate"])
         return path
     path = stem.with_suffix(".npz")
     arrays: dict[str, Any] = {f"item_{i}": np.asarray(m.data) for i, m in enumerate(media)}

@@ -101,6 +101,11 @@ class FileOptions(RecordOptions):
         None, description="data set of the Hugging Face hub, streamed (needs the hub extra)"
     )
     revision: str | None = Field(None, description="hub revision; pin it so that data cannot move")
+    image_dir: str | None = Field(
+        None,
+        description="folder that files named by rows start from and lie in, links followed; null: "
+        "the folder of the data file",
+    )
     split: str = Field(
         "train",
         description="split of the hub data set; of a folder, the files named after it if any are",

@@ -14,6 +14,20 @@ so hard pairs join as training goes on and easy ones stay. j is the draw, so tha
 the same noise twice. The paper ranks by the difference of the ranks of a prompt's samples, its code
 by |g_i|, as here. The code counts steps instead of passes (500 a chunk), and only its LCM script
 ever moves on to the next chunk.
+
+With aspect buckets a micro-batch of b records holds one bucket. The stream without buckets is
+walked; each record joins the queue of its bucket, and a queue that reaches b becomes the next
+micro-batch. So a bucket's leftovers are not dropped but go first in the next pass, and one bucket
+alone gives the stream itself. With n_k the records of bucket k and T(e) the micro-batches of passes
+0 to e - 1,
+
+    (3)  T(e) = sum_k floor(e n_k / b)
+    (4)  bucket k enters pass e with e n_k mod b records waiting
+
+so micro-batch m is found from m alone. After every whole pass e each record was seen e times, but
+the up to b - 1 waiting in each bucket, which were seen once less. In a bucket of fewer than b
+records that is up to ceil((b - 1) / n_k) times less, and its micro-batches repeat a record, with
+another draw each time.
 """
 
 from __future__ import annotations
@@ -75,6 +89,76 @@ def value_gaps(table: Any) -> Tensor:
             "score_rejected of type trl)",
         )
     return gaps
+
+
+class BucketOrder:
+    """Eq. (3) and (4): micro-batches of one bucket each.
+
+    Which records make a micro-batch depends on its size, not on the number of processes: every
+    process takes the next one, whatever its bucket.
+
+    Args:
+        sizes: ``(N, 2)`` int64, the bucket of every record.
+        batch: b, records of a micro-batch.
+        seed: of the run.
+    """
+
+    def __init__(self, sizes: Tensor, batch: int, seed: int) -> None:
+        """Number the buckets and count their records."""
+        self.batch, self.seed = batch, seed
+        self.buckets, self.of = torch.unique(sizes, dim=0, return_inverse=True)
+        self.counts = torch.bincount(self.of, minlength=len(self.buckets))
+        self._pass = lru_cache(maxsize=4)(self._walk)
+
+    def identity(self) -> str:
+        """What the order is a function of, besides seed and records."""
+        return f"buckets-of-{self.batch}"
+
+    def waiting(self) -> int:
+        """Records in buckets too small to fill a micro-batch within one pass."""
+        return int(self.counts[self.counts < self.batch].sum())
+
+    def __call__(self, start: int, count: int) -> Picks:
+        """The micro-batch at position ``start``, a multiple of ``count``, which is b."""
+        if count != self.batch or start % count:
+            raise ValueError(f"micro-batches of {self.batch} records: got {count} from {start}")
+        number = start // count
+        epoch = self._epoch(number)
+        bucket, last = self._pass(epoch)[0][number - self._before(epoch)].tolist()
+        return [self._pick(bucket, place) for place in range(last - count + 1, last + 1)]
+
+    def _before(self, epoch: int) -> int:
+        """Eq. (3)."""
+        return int((epoch * self.counts // self.batch).sum())
+
+    def _epoch(self, number: int) -> int:
+        """The pass during which a micro-batch is completed."""
+        epoch = number * self.batch // len(self.of)  # T(e) <= e N / b: never after it
+        while self._before(epoch + 1) <= number:
+            epoch += 1
+        return epoch
+
+    def _walk(self, epoch: int) -> tuple[Tensor, list[Tensor]]:
+        """One pass.
+
+        Returns:
+            ``(M, 2)`` the bucket of each micro-batch completed in it and the place of its last
+            record in the bucket's own stream; and each bucket's records in the order of the pass.
+        """
+        order = data_order(len(self.of), self.seed, epoch)
+        bucket = self.of[order]
+        sorted_by_bucket = bucket.argsort(stable=True)
+        starts = self.counts.cumsum(0) - self.counts
+        place = torch.empty_like(bucket)
+        place[sorted_by_bucket] = torch.arange(len(bucket)) - starts[bucket[sorted_by_bucket]]
+        place += epoch * self.counts[bucket]
+        full = (place + 1) % self.batch == 0
+        own = order[sorted_by_bucket].split(self.counts.tolist())
+        return torch.stack([bucket[full], place[full]], 1), list(own)
+
+    def _pick(self, bucket: int, place: int) -> tuple[int, int]:
+        epoch, at = divmod(place, int(self.counts[bucket]))
+        return int(self._pass(epoch)[1][bucket][at]), epoch
 
 
 class Curriculum:

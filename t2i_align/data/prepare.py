@@ -1,24 +1,27 @@
 """One streaming pass from a source to a cache: decode, encode what is new, write the manifest.
 
-    <cache.dir>/v1/media-<hash of media_key, dtype>/    encoded media by content
+    <cache.dir>/v1/media-<hash of media_key, dtype>/    encoded media by content (and bucket)
     <cache.dir>/v1/text-<hash of text_key, dtype>/      encoded prompts by content
     <cache.dir>/v1/manifests/<hash>.arrow, .json        the records of a source and layout, report
 
 Keys name content, never hyper-parameters, so another objective, learning rate or subset of the data
-re-encodes nothing. A build that was killed goes on where the last shard ended.
+re-encodes nothing. A build that was killed goes on where the last shard ended. With aspect buckets
+(:mod:`t2i_align.data.buckets`) a record's bucket is decided here, by its winner's true size.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from t2i_align.contract import Encoded, Layout, Media, MediaError
 from t2i_align.data import manifest as manifests
 from t2i_align.data.batch import Prepared, media_key, prompt_key
+from t2i_align.data.buckets import Buckets, buckets_of, variant_at
 from t2i_align.data.cache import DTYPES, TensorStore, make_folder
 from t2i_align.data.encode import MediaQueue, PromptQueue
 from t2i_align.data.manifest import Manifest, ManifestRow, Report, Writer, digest
@@ -26,6 +29,7 @@ from t2i_align.data.media import content_hash, resolve
 from t2i_align.data.options import Pairing
 from t2i_align.data.records import Record, as_layout
 from t2i_align.data.source import MAX_NAMED, Source
+from t2i_align.data.video import true_size
 from t2i_align.errors import DataError, StorageError
 from t2i_align.protocols import Generator
 
@@ -62,6 +66,7 @@ class _Build:
     media: MediaQueue
     text: PromptQueue
     report: Report
+    buckets: Buckets | None
 
     def drain(self) -> None:
         """Encode and store all that waits."""
@@ -100,7 +105,9 @@ def prepare(
     root = Path(cache.dir).expanduser() / VERSION
     build, spaces = _open(root, generator, cache)
     media, text = build.media.store, build.text.store
-    identity = [manifests.FORMAT, source.fingerprint(), layout, pairing, spaces]
+    identity: list[Any] = [manifests.FORMAT, source.fingerprint(), layout, pairing, spaces]
+    if build.buckets is not None:
+        identity.append(asdict(build.buckets))
     path = root / "manifests" / f"{digest(identity)}.arrow"
     with _keeping_work(build):
         for prompt in extra_prompts:
@@ -108,7 +115,8 @@ def prepare(
         found = manifests.load(path)
         settled = found is not None and found[1].num_skipped == 0 and not found[1].by_path
         if found is None or not settled or not _complete(found[0], generator, media, text):
-            _pass(source, layout, pairing, build, Writer(path), console)
+            writer = Writer(path, bucketed=build.buckets is not None)
+            _pass(source, layout, pairing, build, writer, console)
             found = manifests.load(path)
             assert found is not None, path
         build.drain()
@@ -118,12 +126,17 @@ def prepare(
     return Prepared(generator, layout, found[0], media, text, report)
 
 
-def _open(root: Path, generator: Generator, cache: CacheSettings) -> tuple[_Build, dict[str, str]]:
-    """A generator's stores with queues before them, and the hashes that name their folders."""
-    spaces = {
+def spaces_of(generator: Generator, cache: CacheSettings) -> dict[str, str]:
+    """The hashes that name a generator's folders ``media-...`` and ``text-...``."""
+    return {
         "media": digest([generator.media_key(), cache.dtype]),
         "text": digest([generator.text_key(), cache.dtype]),
     }
+
+
+def _open(root: Path, generator: Generator, cache: CacheSettings) -> tuple[_Build, dict[str, str]]:
+    """A generator's stores with queues before them, and the hashes that name their folders."""
+    spaces = spaces_of(generator, cache)
     media, text = (TensorStore(root / f"{kind}-{name}") for kind, name in spaces.items())
     make_folder(root / "manifests")
     dtype, size = DTYPES[cache.dtype], cache.encode_batch_size
@@ -132,6 +145,7 @@ def _open(root: Path, generator: Generator, cache: CacheSettings) -> tuple[_Buil
         MediaQueue(generator, media, dtype, size),
         PromptQueue(generator, text, dtype, size),
         Report(),
+        buckets_of(generator),
     )
     return build, spaces
 
@@ -141,9 +155,10 @@ def _complete(
 ) -> bool:
     """Whether the stores still hold all that a manifest names."""
     variants = generator.media_variants()
-    contents, prompts = manifest.unique("keys"), manifest.unique("prompt_keys")
-    return all(key in text for key in prompts) and all(
-        media_key(content, variant) in media for content in contents for variant in variants
+    return all(key in text for key in manifest.unique("prompt_keys")) and all(
+        media_key(content, variant_at(size, variant)) in media
+        for content, size in manifest.media()
+        for variant in variants
     )
 
 
@@ -198,7 +213,8 @@ def _add(records: list[Record], build: _Build, writer: Writer) -> None:
         build.report.by_path |= any(isinstance(item.media.data, Path) for item in record.items)
         try:
             media = [_resolved(item.media, memo) for item in record.items]
-            loaded = _load(media, build)
+            size, beyond = _bucket(record, media, build.buckets)
+            loaded = _load(media, size, build)
         except MediaError as error:
             _skip(build.report, record.id, str(error))
             continue
@@ -207,7 +223,8 @@ def _add(records: list[Record], build: _Build, writer: Writer) -> None:
         prompts = [item.prompt for item in record.items]
         for prompt in prompts:
             build.text.add(prompt_key(prompt), prompt)
-        writer.add(_row(record, [m.meta["key"] for m in media]))
+        _count(build.report, size, beyond=beyond)
+        writer.add(_row(record, [m.meta["key"] for m in media], size))
 
 
 def _resolved(media: Media, memo: dict[int, Media | MediaError]) -> Media:
@@ -224,18 +241,54 @@ def _resolved(media: Media, memo: dict[int, Media | MediaError]) -> Media:
     return found
 
 
-def _load(media: Sequence[Media], build: _Build) -> dict[str, Encoded]:
+def bucket_counts(
+    source: Source, layout: Layout, pairing: Pairing, buckets: Buckets, limit: int
+) -> dict[str, int]:
+    """Records in each bucket, of a source's first ``limit`` annotations; only headers are read."""
+    report = Report()
+    for record in itertools.islice(source, limit):
+        for made in as_layout(record, layout, pairing):
+            with suppress(MediaError):
+                media = [resolve(item.media) for item in made.items]
+                _count(report, _bucket(made, media, buckets)[0], beyond=False)
+    return report.buckets
+
+
+def _bucket(
+    record: Record, media: Sequence[Media], buckets: Buckets | None
+) -> tuple[list[int], bool]:
+    """The size all of a record is fitted to, and whether its winner is beyond every bucket.
+
+    Without buckets the size is empty: the generator's own.
+    """
+    if buckets is None:
+        return [], False
+    ranks = record.ranks or range(len(media))
+    winner = min(range(len(media)), key=ranks.__getitem__)
+    size = true_size(media[winner])
+    return list(buckets.nearest(size)), buckets.beyond(size)
+
+
+def _count(report: Report, size: list[int], *, beyond: bool) -> None:
+    if size:
+        name = variant_at(size, "")
+        report.buckets[name] = report.buckets.get(name, 0) + 1
+        report.beyond_aspect += beyond
+
+
+def _load(media: Sequence[Media], size: list[int], build: _Build) -> dict[str, Encoded]:
     """What the encoder must see, by store key; raises before anything of the record is queued."""
     loaded: dict[str, Encoded] = {}
     for medium in media:
-        for variant in build.generator.media_variants():
+        for plain in build.generator.media_variants():
+            variant = variant_at(size, plain)
             key = media_key(medium.meta["key"], variant)
             if key not in loaded and not build.media.holds(key):
                 loaded[key] = build.generator.load_media(medium, variant)
     return loaded
 
 
-def _row(record: Record, keys: list[str]) -> ManifestRow:
+def _row(record: Record, keys: list[str], size: list[int]) -> ManifestRow:
     prompts = [item.prompt for item in record.items]
     return ManifestRow(
         id=record.id,
@@ -247,6 +300,7 @@ def _row(record: Record, keys: list[str]) -> ManifestRow:
         ranks=list(record.ranks or ()),
         values=[item.value for item in record.items],
         weight=record.weight,
+        size=size,
     )
 
 

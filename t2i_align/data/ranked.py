@@ -63,9 +63,6 @@ class RankedOptions(FileOptions):
 
     type: Literal["ranked"] = "ranked"
     format: Format = Field("generic", description="whose columns the files have")
-    image_dir: str | None = Field(
-        None, description="folder that image paths start from; null: the folder of the data file"
-    )
 
 
 def _source_rows(options: RankedOptions) -> Rows:
@@ -96,11 +93,9 @@ class Ranked:
         if self.options.format == "imagerewarddb":
             rows = gather(iter(self.rows))
         make = _MAKE[self.options.format]
-        image_dir = self.options.image_dir
-        folder = None if image_dir is None else Path(image_dir).expanduser()
         return usable(
             rows,
-            lambda row: make(row, folder or row.folder),
+            lambda row: make(row, row.folder),
             self.stats,
             self.options.max_records,
         )
@@ -151,6 +146,8 @@ def _ranking(row: Row, folder: Path | None, images: Any, keys: Any, values: Any 
     if None in numbers:
         raise MediaError("a rank is missing")
     values = values or [None] * len(images)
+    if not isinstance(values, list):
+        raise MediaError(f"values is {values!r}, not a list")
     if len(values) != len(images):
         raise MediaError(f"{len(values)} values for {len(images)} images")
     items = tuple(

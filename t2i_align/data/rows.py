@@ -10,7 +10,6 @@ resident. tests/unit/test_sources_memory.py holds the limit of 500.
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,18 @@ from typing import Any
 from t2i_align.catalog import find_root
 from t2i_align.data.options import FileOptions
 from t2i_align.errors import DataError
+from t2i_align.plain_json import loads
 from t2i_align.registry import nearest
 
 PARQUET_BATCH_ROWS = 16
 PARQUET_BUFFER_BYTES = 2**20
+MAX_BATCH_BYTES = 128 * 2**20
 MAX_COUNTED = 64
 MAX_LINES_BYTES = 64 * 2**20
+MAX_LINE = 64 * 2**20
+MAX_JSON_BYTES = 2**30
+MAX_UNPACKED = 2**30  # of a column in a row group, where it is packed more than MAX_PACKED-fold
+MAX_PACKED = 200
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
@@ -60,7 +65,11 @@ def find_files(options: FileOptions) -> list[DataFile]:
     entries = [options.path] if isinstance(options.path, str) else list(options.path or [])
     found: list[DataFile] = []
     for entry in entries:
-        found += _expand(entry, options.split)
+        try:
+            found += _expand(entry, options.split)
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~name of an unknown user
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"data.path: cannot look at '{entry[:80]}': {reason}") from error
     names = [file.name for file in found]
     if len(set(names)) < len(names):
         found = [DataFile(file.path, f"{i}/{file.name}") for i, file in enumerate(found)]
@@ -127,7 +136,28 @@ def parquet_file(path: Path) -> Any:
         raise _unreadable(path, "parquet", error) from error
     if file.metadata.num_rows == 0:
         raise DataError(f"{path}: no rows", "remove it from data.path, or write it again")
+    _refuse_bomb(file.metadata, path)
     return file
+
+
+def _refuse_bomb(about: Any, path: Path) -> None:
+    """Refuse columns that unpack to far more than their bytes, as the file itself declares.
+
+    Raises:
+        DataError: names the column.
+    """
+    for group in range(about.num_row_groups):
+        if about.row_group(group).total_byte_size <= MAX_UNPACKED:
+            continue
+        for number in range(about.num_columns):
+            column = about.row_group(group).column(number)
+            unpacked = column.total_uncompressed_size
+            if unpacked > max(MAX_UNPACKED, MAX_PACKED * column.total_compressed_size):
+                raise DataError(
+                    f"{path}: {column.total_compressed_size >> 10} KiB of column "
+                    f"'{column.path_in_schema}' unpack to {unpacked >> 20} MiB",
+                    "media are hardly packed; this is no data set",
+                )
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
@@ -148,21 +178,30 @@ def _parquet_rows(path: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
     file = parquet_file(path)
     columns = [name for name in file.schema_arrow.names if name in wanted]
     try:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
+        for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), columns=columns):
             yield from batch.to_pylist()
             pa.default_memory_pool().release_unused()  # else the allocator keeps old pages
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, "parquet", error) from error
 
 
+def _batch_rows(about: Any) -> int:
+    """Rows of a batch: fewer where rows are large."""
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    largest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
+    return max(1, min(PARQUET_BATCH_ROWS, MAX_BATCH_BYTES // max(1, largest)))
+
+
 def _jsonl_rows(path: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
     number, any_row = 0, False
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ""), 1):
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"a line of more than {MAX_LINE >> 20} MiB")
                 if line.strip():
                     any_row = True
-                    yield _object(json.loads(line), path, f"line {number}")
+                    yield _object(loads(line), path, f"line {number}")
     except (ValueError, OSError) as error:
         raise _unreadable(path, f"jsonl (line {number})", error) from error
     if not any_row:
@@ -171,7 +210,9 @@ def _jsonl_rows(path: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
 
 def _json_rows(path: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB in one value; write jsonl")
+        rows = loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise _unreadable(path, "json", error) from error
     if not isinstance(rows, list) or not rows:
@@ -235,12 +276,14 @@ class Rows:
         if self.options.hub_id is not None:
             yield from self._hub()
             return
+        image_dir = self.options.image_dir
+        folder = None if image_dir is None else local_path(image_dir)
         for file in find_files(self.options):
             columns, rows = _reader(file.path)
             self._raise_missing(columns(file.path), str(file.path))
             wanted = [self._theirs(name) for name in self._ours()]
             for number, cells in enumerate(rows(file.path, wanted)):
-                yield Row(f"{file.name}:{number}", file.path.parent, self._rename(cells))
+                yield Row(f"{file.name}:{number}", folder or file.path.parent, self._rename(cells))
 
     def _hub(self) -> Iterator[Row]:
         from t2i_align.data.hub import hub_rows
@@ -312,7 +355,9 @@ class Rows:
         """What the rows depend on: paths, sizes and times of files, or hub id and revision."""
         if self.options.hub_id is not None:
             return {k: getattr(self.options, k) for k in ("hub_id", "revision", "split")}
-        return {"files": [stat_of(file) for file in find_files(self.options)]}
+        files = {"files": [stat_of(file) for file in find_files(self.options)]}
+        image_dir = self.options.image_dir
+        return files if image_dir is None else files | {"image_dir": image_dir}
 
 
 def stat_of(file: DataFile) -> list[Any]:

@@ -92,6 +92,15 @@ def require_text(row: Row, column: str) -> str:
     value = row.cells.get(column)
     if not isinstance(value, str):
         raise MediaError(f"{column} is {'missing' if value is None else type(value).__name__}")
+    return whole_text(value, column)
+
+
+def whole_text(value: str, column: str) -> str:
+    """A text; half a character (JSON's lone surrogates) is none, and no file takes it."""
+    try:
+        value.encode()
+    except UnicodeError as error:
+        raise MediaError(f"{column} is no text: {error}") from error
     return value
 
 

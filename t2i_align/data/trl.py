@@ -1,4 +1,4 @@
-"""TRL's columns: ``prompt``, ``chosen``, ``rejected``; images, codec codes or voxel grids.
+"""TRL's columns: ``prompt``, ``chosen``, ``rejected``; images, clips, codec codes or voxel grids.
 
 The shared convention of preference data sets (huggingface/trl, docs/source/dataset_formats.md).
 Optional columns: ``id``, ``weight``, and ``score_chosen`` / ``score_rejected`` which become the
@@ -29,10 +29,11 @@ class TRLOptions(FileOptions):
     known_columns: ClassVar[tuple[str, ...]] = REQUIRED + OPTIONAL
 
     type: Literal["trl"] = "trl"
-    media: Literal["image", "codes", "voxels"] = Field(
+    media: Literal["image", "video", "codes", "voxels"] = Field(
         "image",
-        description="what chosen and rejected hold: images (bytes, {bytes, path} or a path), lists "
-        "of codec codes, or voxel grids (nested lists, .npy bytes or a path)",
+        description="what chosen and rejected hold: images or videos (bytes, {bytes, path} or a "
+        "path; mp4, webm, mov, gif), lists of codec codes, or voxel grids (nested lists, .npy "
+        "bytes or a path)",
     )
 
 

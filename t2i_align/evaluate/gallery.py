@@ -2,7 +2,8 @@
 
 Chosen by position only. Of each task the first N; of those whose verdict changed the first ones,
 one task after the other in turn, so that no task crowds out the rest. Both numbers are halved until
-the pictures fit into ``MAX_BYTES``.
+the pictures fit into ``MAX_BYTES``. Small PNG files are shown as they are; larger pictures are
+shrunk, their boxes stay in the pixels of the original.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.errors import DataError
+from t2i_align.evaluate.compare import value_of
 from t2i_align.evaluate.detections import Detection
 from t2i_align.evaluate.metrics.geneval import DEFAULTS
+from t2i_align.evaluate.provenance import read_object
 
 PER_TASK = 24
 CHANGED = 60
 MAX_BYTES = 5_500_000  # of all pictures as base64
 FONT = 0.072  # of a box's label, relative to the picture's width
 ADVANCE = 0.66  # width of a letter relative to the font, estimated
+SMALL = 256  # a PNG of at most this side is shown as it is
+SHOWN = 384  # side of a picture that is shrunk
+SHRUNK_BYTES = 30_000  # of such a picture, estimated
 
 Rows = Sequence[dict[str, Any]]
 Folders = tuple[Path, Path]
@@ -77,9 +83,9 @@ class Picture:
 
     Args:
         side: ``before`` or ``after``.
-        uri: the PNG file as a data address.
+        uri: the picture as a data address.
         size: width and height in pixels.
-        correct: the verdict.
+        correct: the verdict; of benchmarks that only give scores None.
         reason: why it is wrong; empty when it is right.
         graded: graded score in [0, 1].
         boxes: detections, those that count last, so that they lie on top.
@@ -88,7 +94,7 @@ class Picture:
     side: str
     uri: str
     size: tuple[int, int]
-    correct: bool
+    correct: bool | None
     reason: str
     graded: float
     boxes: tuple[Box, ...]
@@ -97,6 +103,11 @@ class Picture:
     def font(self) -> float:
         """Size of the labels in pixels of the picture."""
         return round(FONT * self.size[0], 2)
+
+    @property
+    def said(self) -> str:
+        """The verdict in a word."""
+        return {True: "right", False: "wrong", None: "scored"}[self.correct]
 
     @property
     def seen(self) -> str:
@@ -117,10 +128,11 @@ class Pair:
 
 
 def change_of(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """``repaired``, ``broken``, or which verdict stayed."""
-    if before["correct"] == after["correct"]:
-        return "right" if after["correct"] else "wrong"
-    return "repaired" if after["correct"] else "broken"
+    """``repaired``, ``broken``, or which verdict stayed; of scores the direction, or ``equal``."""
+    first, second = value_of(before), value_of(after)
+    if first != second:
+        return "repaired" if second > first else "broken"
+    return {True: "right", False: "wrong", None: "equal"}[after["correct"]]
 
 
 def in_turn(numbers: Iterable[int], rows: Rows, limit: int) -> list[int]:
@@ -157,7 +169,7 @@ def choose(folders: Folders, before: Rows, after: Rows, max_bytes: int = MAX_BYT
             for k in chosen.every
             for folder, rows in zip(folders, (before, after), strict=True)
         )
-        if sum(file.stat().st_size for file in files) * 4 / 3 <= max_bytes or per_task == 1:
+        if sum(map(shown_bytes, files)) * 4 / 3 <= max_bytes or per_task == 1:
             return chosen
         per_task, limit = max(1, per_task // 2), max(1, limit // 2)
 
@@ -174,7 +186,7 @@ def pairs_of(
         numbers: positions, repeated ones are read once.
 
     Raises:
-        DataError: a picture is missing, lies outside its folder or is no PNG file.
+        DataError: a picture is missing, lies outside its folder or cannot be read.
     """
     return {
         k: Pair(
@@ -194,38 +206,74 @@ def picture_file(folder: Path, row: dict[str, Any]) -> Path:
     Raises:
         DataError: it is missing or lies outside the folder.
     """
-    file = folder / row["filename"]
-    if not file.resolve().is_relative_to(folder.resolve()):
+    root = picture_root(folder)
+    file = root / row["filename"]
+    if not file.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{folder}: results.jsonl names {row['filename']!r}, outside its folder")
     if not file.is_file():
         raise DataError(f"picture {file} is missing", "run `t2i-align eval` into the folder again")
     return file
 
 
-def picture(folder: Path, row: dict[str, Any], side: str) -> Picture:
-    """What the page needs of one result row."""
+def picture_root(folder: Path) -> Path:
+    """What the pictures' names of an evaluation are relative to."""
+    elsewhere = read_object(folder / "protocol.json").get("pictures")
+    return Path(elsewhere) if isinstance(elsewhere, str) else folder
+
+
+def shown_bytes(file: Path) -> int:
+    """About how many bytes a picture has on a page."""
     from PIL import Image, UnidentifiedImageError
 
-    file = picture_file(folder, row)
-    data = file.read_bytes()
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            size = image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"picture {file} is no PNG file") from error
-    found = [Detection.from_dict(d) for d in row["detections"]]
-    counting = row["tag"] == "counting"
-    threshold = DEFAULTS.counting_threshold if counting else DEFAULTS.threshold
+        with Image.open(file) as image:
+            kept = image.format == "PNG" and max(image.size) <= SMALL
+    except (UnidentifiedImageError, OSError):
+        kept = True  # said by whoever shows it
+    return file.stat().st_size if kept else SHRUNK_BYTES
+
+
+def picture(folder: Path, row: dict[str, Any], side: str) -> Picture:
+    """What the page needs of one result row."""
+    uri, size = address(picture_file(folder, row))
+    found = [Detection.from_dict(d) for d in row.get("detections", ())]
+    name = "counting_threshold" if row["tag"] == "counting" else "threshold"
+    protocol = read_object(folder / "protocol.json").get("protocol", {})
+    threshold = protocol.get(name, DEFAULTS.model_dump()[name])
     boxes = [box_of(d, d.score > threshold, size) for d in found]
+    correct = row["correct"]
     return Picture(
         side,
-        "data:image/png;base64," + base64.b64encode(data).decode(),
+        uri,
         size,
-        bool(row["correct"]),
+        None if correct is None else bool(correct),
         "; ".join(row["reason"].splitlines()),
         float(row["graded"]),
         tuple(sorted(boxes, key=lambda b: b.counted)),
     )
+
+
+def address(file: Path) -> tuple[str, tuple[int, int]]:
+    """A picture as a data address, shrunk where it is large, and its size in pixels.
+
+    Raises:
+        DataError: it is neither PNG, JPEG nor WebP.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    data = file.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
+            size, kind = image.size, image.format
+            if kind != "PNG" or max(size) > SMALL:
+                small = image.convert("RGB")
+                small.thumbnail((SHOWN, SHOWN))
+                stream = io.BytesIO()
+                small.save(stream, "JPEG", quality=88)
+                data, kind = stream.getvalue(), "JPEG"
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"picture {file} is no PNG, JPEG or WebP file") from error
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}", size
 
 
 def box_of(found: Detection, counted: bool, size: tuple[int, int]) -> Box:
@@ -233,7 +281,7 @@ def box_of(found: Detection, counted: bool, size: tuple[int, int]) -> Box:
 
     Args:
         found: the detection.
-        counted: whether GenEval keeps it.
+        counted: whether the benchmark keeps it.
         size: width and height of the picture.
     """
     x1, y1, x2, y2 = found.box

@@ -17,17 +17,19 @@ is said when its file is missing.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 from t2i_align.contract import Media, MediaError
-from t2i_align.data.media import cell_media
+from t2i_align.data.media import cell_media, is_inside
 from t2i_align.data.options import FileOptions
 from t2i_align.data.rows import Row, Rows, find_files
 from t2i_align.errors import DataError, UserError
+from t2i_align.plain_json import loads
 from t2i_align.registry import nearest
 
 Pairs = tuple[tuple[int, int, int], ...]
@@ -72,6 +74,23 @@ class Layout:
     both_orders: bool = False
 
 
+Read = Callable[[Path, str], Iterator[Group]]
+
+
+def _as_published(read: Read) -> Read:
+    """The same reader; a file of other types than the published one is said to be so."""
+
+    @wraps(read)
+    def guarded(data: Path, split: str) -> Iterator[Group]:
+        try:
+            yield from read(data, split)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            fix = "download it again"
+            raise DataError(f"{data}: not as published ({error!r})", fix) from error
+
+    return guarded
+
+
 def all_pairs(values: Sequence[float]) -> Pairs:
     """Every pair of items; the larger value is better, equal ones tie."""
     return tuple(
@@ -80,6 +99,7 @@ def all_pairs(values: Sequence[float]) -> Pairs:
     )
 
 
+@_as_published
 def _pickapic(data: Path, split: str) -> Iterator[Group]:
     columns = ("caption", "jpg_0", "jpg_1", "label_0")
     for row in Rows(_split(data, split), columns, ("has_label",)):
@@ -92,10 +112,12 @@ def _pickapic(data: Path, split: str) -> Iterator[Group]:
         yield Group(row.name, row.cells["caption"], media, ((0, 1, int(2 * label - 1)),))
 
 
+@_as_published
 def _hpdv2(data: Path, split: str) -> Iterator[Group]:
     return _ranked(_file(data, f"{split}.json", "hpdv2"), "image_path", "rank", ("test",))
 
 
+@_as_published
 def _imagereward(data: Path, split: str) -> Iterator[Group]:
     file = _file(data, f"{split}.json", "imagereward")
     return _ranked(file, "generations", "ranking", ("test_images",))
@@ -111,6 +133,7 @@ def _ranked(file: Path, paths: str, ranks: str, folders: Sequence[str]) -> Itera
         yield Group(row.name, row.cells["prompt"], media, all_pairs([-rank for rank in order]))
 
 
+@_as_published
 def _hpdv3(data: Path, split: str) -> Iterator[Group]:
     file = _file(data, f"{split}.json", "hpdv3")
     for row in _rows(file, ("prompt", "path1", "path2")):
@@ -119,6 +142,7 @@ def _hpdv3(data: Path, split: str) -> Iterator[Group]:
         yield Group(row.name, row.cells["prompt"], media, ((0, 1, 1),))
 
 
+@_as_published
 def _mjbench(data: Path, split: str) -> Iterator[Group]:
     for row in Rows(_split(data, split), ("caption", "image0", "image1", "label")):
         label = str(row.cells["label"])
@@ -128,6 +152,7 @@ def _mjbench(data: Path, split: str) -> Iterator[Group]:
         yield Group(row.name, row.cells["caption"], media, ((0, 1, 1 if label == "0" else -1),))
 
 
+@_as_published
 def _mmrb2(data: Path, split: str) -> Iterator[Group]:
     file = _file(data, f"{split}.json", "mmrb2")
     for number, pair in enumerate(_json(file, "pairs")):
@@ -157,6 +182,7 @@ def _only_image(response: dict[str, Any], where: str) -> str:
     return images[0]
 
 
+@_as_published
 def _genai_bench(data: Path, split: str) -> Iterator[Group]:
     file = _file(data, "genai_image.json", "genai_bench")
     for name, row in rated_prompts(file).items():
@@ -216,7 +242,10 @@ def _cell(row: Row, name: str) -> Media:
 def _picture(root: Path, name: str, folders: Sequence[str]) -> Media:
     """A picture beside the annotations or in one of the folders they are unpacked to."""
     places = [root / name, *(root / folder / name for folder in folders)]
-    return Media("image", next((p for p in places if p.is_file()), places[0]))
+    inside = [p for p in places if is_inside(p, root)]
+    if not inside:
+        return Media("image", b"")  # as :func:`_cell`
+    return Media("image", next((p for p in inside if isfile(p)), inside[0]))
 
 
 def _file(data: Path, name: str, layout: str) -> Path:
@@ -236,7 +265,7 @@ def _file(data: Path, name: str, layout: str) -> Path:
 
 def _json(file: Path, key: str | None) -> Any:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = loads(file.read_text(encoding="utf-8"))
         return value if key is None else value[key]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{file}: not as published ({error})", "download it again") from error

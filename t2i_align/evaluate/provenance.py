@@ -14,12 +14,21 @@ from typing import Any
 from t2i_align import __version__
 from t2i_align.errors import DataError
 from t2i_align.optional import version_of
+from t2i_align.plain_json import loads
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "accelerate", "peft"),
     *("numpy", "pillow", "matplotlib", "jinja2"),
 )
 MISSING = "not on this machine"
+DRAWN = (
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "resolution",
+    "negative_prompt",
+    "precision",
+)
 Folders = tuple[Path, Path]
 Facts = Mapping[str, Any]
 
@@ -33,7 +42,7 @@ def read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text())
+        found = loads(file.read_text())
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -160,12 +169,27 @@ def _has_recipe(folder: Path) -> bool:
 def eval_command(folder: Path, fact: Facts) -> list[str]:
     """Words of the ``eval`` command of a folder."""
     protocol = fact["protocol"]
-    words = ["eval", str(protocol["benchmark"]), "--model", str(fact["model"])]
+    words = ["eval", str(protocol["benchmark"]), *_source(fact)]
+    options = fact.get("options")
+    if options is None:  # an evaluation of the scenes by a version that had no other
+        options = {n: protocol[n] for n in ("per_task", "prompt_seed", "held_out")}
+    for name, value in options.items():
+        words += ["--set", f"{name}={json.dumps(value)}"]
+    for name in (*DRAWN, "batch_size"):
+        value = protocol.get(name, fact.get(name))
+        if value is not None and not fact.get("replayed"):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return [*words, "--out", str(folder)]
+
+
+def _source(fact: Facts) -> list[str]:
+    """Where the pictures of an evaluation came from, as options of ``eval``."""
+    if fact.get("replayed"):
+        return ["--detections", str(fact["replayed"])]
+    if fact.get("pictures"):
+        return ["--images", str(fact["pictures"])]
+    words = ["--model", str(fact["model"])]
     for name in ("lora", "denoiser", "max_sequence_length"):
         if fact.get(name):
             words += [f"--{name.replace('_', '-')}", str(fact[name])]
-    for name in ("per_task", "prompt_seed", "seed", "num_inference_steps", "guidance_scale"):
-        words += [f"--{name.replace('_', '-')}", str(protocol[name])]
-    if not protocol["held_out"]:
-        words.append("--training-prompts")
-    return [*words, "--out", str(folder)]
+    return words

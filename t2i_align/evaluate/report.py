@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.errors import DataError
-from t2i_align.evaluate.aggregate import Interval, bootstrap_mean, macro_mean
-from t2i_align.evaluate.compare import compare, read_rows, table
+from t2i_align.evaluate.aggregate import Interval, macro_mean
+from t2i_align.evaluate.compare import bounds, compare, read_rows, table, value_of
 from t2i_align.evaluate.figures import CURVES, Bar, bars, curves
 from t2i_align.evaluate.gallery import Pair, choose, pairs_of
 from t2i_align.evaluate.pages import Section, render, write
@@ -37,6 +37,14 @@ EXCLUDES_0 = {
     "choice of prompts explains.",
     0: "The interval includes 0: these pictures do not show that the two models differ.",
 }
+NO_INTERVAL = "There is no interval: one prompt does not tell how the models do on others."
+
+MARKS = {
+    **{"repaired": "repaired", "broken": "broken", "equal": "equal score"},
+    **{"right": "right both times", "wrong": "wrong both times"},
+}
+Numbers = Mapping[str, list[float]]
+PROMPTS = {True: "held-out prompts", False: "training prompts", None: "the benchmark's prompts"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def build_report(
         bars=bars(bar_rows(*rows, result), "bars"),
         tasks=[_task(t, line, chosen.tasks[t], pairs) for t, line in result["tasks"].items()],
         changed=_changed(result["overall"], chosen.changed, pairs),
+        marks=MARKS,
         runs=[read_run(folder, f"run{k}") for k, folder in enumerate(runs)],
         extras=extras,
         sides=Section("", rows=sides_table((before, after), facts)),
@@ -113,23 +122,26 @@ def headline(result: Mapping[str, Any], protocol: Mapping[str, Any], num: int) -
     """What the top of the page says."""
     overall, graded = result["overall"], result["graded"]
     d = overall["difference"]
-    sign = 1 if d["low"] > 0 else -1 if d["high"] < 0 else 0
+    known = d["low"] is not None
+    sign = 0 if not known else 1 if d["low"] > 0 else -1 if d["high"] < 0 else 0
     return {
         "before": f"{overall['before']:.3f}",
         "after": f"{overall['after']:.3f}",
         "difference": f"{d['mean']:+.3f}",
-        "interval": f"[{d['low']:+.3f}, {d['high']:+.3f}]",
+        "interval": bounds(d, result.get("no_interval", ())),
         "win": overall["win"],
         "tie": overall["tie"],
         "lose": overall["lose"],
-        "p": f"{overall['mcnemar_p']:.2g}",
+        "p": None if overall["mcnemar_p"] is None else f"{overall['mcnemar_p']:.2g}",
         "pictures": num,
-        "held_out": bool(protocol.get("held_out")),
+        "rule": overall.get("rule", "mean of the tasks"),
+        "what": "score" if overall["mcnemar_p"] is None else "share of right pictures",
+        "held_out": bool(protocol.get("held_out", True)),
+        "side": PROMPTS[protocol.get("held_out")],
         "sign": {1: "up", -1: "down", 0: "even"}[sign],
-        "conclusion": EXCLUDES_0[sign],
+        "conclusion": EXCLUDES_0[sign] if known else NO_INTERVAL,
         "graded": f"{graded['before']:.3f} to {graded['after']:.3f}, difference "
-        f"{graded['difference']['mean']:+.3f} "
-        f"[{graded['difference']['low']:+.3f}, {graded['difference']['high']:+.3f}]",
+        f"{graded['difference']['mean']:+.3f} {bounds(graded['difference'])}",
     }
 
 
@@ -140,21 +152,38 @@ def bar_rows(
     names = list(result["tasks"])
     groups = {t: [r["prompt"] for r in before if r["tag"] == t] for t in names}
     sides = [
-        {t: [float(r["correct"]) for r in rows if r["tag"] == t] for t in names}
-        for rows in (before, after)
+        {t: [value_of(r) for r in rows if r["tag"] == t] for t in names} for rows in (before, after)
     ]
     made = [
-        Bar(
-            t,
-            bootstrap_mean(sides[0][t], groups[t]),
-            bootstrap_mean(sides[1][t], groups[t]),
-            Interval(**result["tasks"][t]["difference"]),
-        )
-        for t in names
+        Bar(t, *_sides({t: sides[0][t]}, {t: sides[1][t]}, {t: groups[t]}), _gain(line))
+        for t, line in result["tasks"].items()
     ]
-    overall = [macro_mean(side, groups) for side in sides]
-    difference = Interval(**result["overall"]["difference"])
-    return [*made, Bar("overall", overall[0], overall[1], difference)]
+    if result["overall"].get("rule") == "mean of the pictures":
+        sides = [{"": [x for v in side.values() for x in v]} for side in sides]
+        groups = {"": [p for prompts in groups.values() for p in prompts]}
+    return [*made, Bar("overall", *_sides(sides[0], sides[1], groups), _gain(result["overall"]))]
+
+
+def _sides(
+    before: Numbers, after: Numbers, groups: Mapping[str, list[str]]
+) -> tuple[Interval, Interval]:
+    """Means of both sides."""
+    return _mean(before, groups), _mean(after, groups)
+
+
+def _mean(values: Numbers, groups: Mapping[str, list[str]]) -> Interval:
+    """Mean of the tasks' means with its interval; of no width where a task has a single prompt."""
+    if all(len(set(prompts)) > 1 for prompts in groups.values()):
+        return macro_mean(values, groups)
+    mean = sum(sum(v) / len(v) for v in values.values()) / len(values)
+    return Interval(mean, mean, mean)
+
+
+def _gain(line: Mapping[str, Any]) -> Interval:
+    """The difference of a row; of no width where it has no interval."""
+    d = line["difference"]
+    low, high = (d["mean"] if d[k] is None else d[k] for k in ("low", "high"))
+    return Interval(d["mean"], low, high)
 
 
 def _task(

@@ -1,227 +1,349 @@
-"""Benchmark runs: prompts, pictures, verdicts, a summary; resumable.
+"""Benchmark runs: prompts, pictures, answers, verdicts, a summary; every part may be continued.
 
+    <out>/protocol.json                                     what is evaluated, how; refuses others
     <out>/images/00000/metadata.jsonl, samples/0000.png     GenEval's layout, one folder a prompt
-    <out>/results.jsonl                                     a picture a line: verdict, detections
-    <out>/summary.json                                      tasks, overall, intervals, protocol
+    <out>/answers.jsonl                                     what models said, raw (answers.py)
+    <out>/results.jsonl, summary.json                       verdicts and numbers (results.py)
 
-Noise is a function of (seed, prompt, image number), so two models are compared on the same noise.
-Detections are stored, verdicts can be recomputed from them.
+Pictures come from a model, from a folder, or are not needed because answers are given. Verdicts are
+always recomputed from the answers. No total is given while pictures are missing, unless that is
+asked for; then it is marked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
 from rich.console import Console
 
-from t2i_align import __version__
-from t2i_align.contract import MediaError
-from t2i_align.data.images import open_image
-from t2i_align.errors import DataError
-from t2i_align.evaluate.aggregate import macro_mean
-from t2i_align.evaluate.metrics.geneval import evaluate, summary
-from t2i_align.generators.diffusers_family import DiffusersGenerator
-from t2i_align.process.seeds import derive
+from t2i_align.errors import DataError, InterruptedRun
+from t2i_align.evaluate.answers import (
+    AnswerFile,
+    Key,
+    Stored,
+    answer_line,
+    file_sha256,
+    header_line,
+    key_of,
+    read_answers,
+    write_answers,
+    write_whole,
+)
+from t2i_align.evaluate.benchmark import Picture
+from t2i_align.evaluate.layouts import none_found
+from t2i_align.evaluate.pictures import chunks, given_folder
+from t2i_align.evaluate.results import items_sha256, rows_of, summary_of, write_rows
+from t2i_align.evaluate.sampling import Model, Sampling, model_facts
+from t2i_align.evaluate.work import Job, Worker, spread
 from t2i_align.progress import progress
-from t2i_align.rollout.generate import sample_images, save_png
-from t2i_align.scenes.detect import detect
-from t2i_align.scenes.grammar import fixed_prompts
-from t2i_align.scenes.score import graded_score
 
-FORMAT = 1
+ANSWERED = 32  # pictures that are answered at once, a whole number of a benchmark's batches
+UNKNOWN = ("seed", "num_inference_steps", "guidance_scale", "resolution", "negative_prompt")
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What two runs must share to be compared.
+class Request:
+    """What is asked for; exactly one of model, images and answers is given.
 
     Args:
-        benchmark: name.
-        per_task: pictures of each task.
-        prompt_seed: which prompts.
-        held_out: held-out prompts (True) or training prompts.
-        seed: of the noise.
-        num_inference_steps: sampler steps.
-        guidance_scale: classifier-free guidance.
-        resolution: side in pixels.
+        benchmark: its name.
+        out: folder of the evaluation.
+        options: of the benchmark, as plain data.
+        model: that draws the pictures.
+        images: folder with pictures that were drawn elsewhere.
+        answers: file of stored answers.
+        sampling: how a model draws.
+        processes: how many processes, and threads of each (None: see work.py).
     """
 
-    benchmark: str = "scenes"
-    per_task: int = 100
-    prompt_seed: int = 0
-    held_out: bool = True
-    seed: int = 0
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
-    resolution: int = 64
+    benchmark: str
+    out: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: Model | None = None
+    images: Path | None = None
+    answers: Path | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    processes: tuple[int, int | None] = (1, None)
 
+    def __post_init__(self) -> None:
+        """One source.
 
-Item = tuple[dict[str, Any], int]
-
-
-def items_of(protocol: Protocol) -> list[Item]:
-    """(metadata, image number) of every picture."""
-    return fixed_prompts(protocol.per_task, protocol.prompt_seed, held_out=protocol.held_out)
-
-
-def prompt_hash(items: Sequence[Item]) -> str:
-    """SHA-256 of the metadata in order."""
-    text = "\n".join(json.dumps(m, sort_keys=True) for m, _ in items)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def picture_path(out: Path, number: int) -> Path:
-    """File of a picture; one folder a picture's prompt line, as GenEval's reader expects."""
-    return out / "images" / f"{number:05d}" / "samples" / "0000.png"
-
-
-def make_pictures(
-    generator: DiffusersGenerator,
-    items: Sequence[Item],
-    protocol: Protocol,
-    out: Path,
-    console: Console,
-    batch_size: int = 50,
-) -> None:
-    """Generate what is missing.
-
-    Fixed chunks of prompts, so a continued run gives the same pictures.
-    """
-    numbers = range(len(items))
-    chunks = [numbers[k : k + batch_size] for k in numbers[::batch_size]]
-    missing = [c for c in chunks if not all(picture_path(out, k).exists() for k in c)]
-    with progress(console, "pictures", len(items), len(items) - sum(map(len, missing))) as bar:
-        for chunk in missing:
-            part = [items[k] for k in chunk]
-            images = sample(generator, part, protocol)
-            for number, (metadata, _), image in zip(chunk, part, images, strict=True):
-                file = picture_path(out, number)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                (file.parents[1] / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
-                save_png(image, file)
-            bar.advance(len(chunk))
-
-
-def sample(generator: DiffusersGenerator, part: Sequence[Item], protocol: Protocol) -> list[Image]:
-    """Pictures of some items."""
-    return sample_images(
-        generator,
-        [m["prompt"] for m, _ in part],
-        [derive(protocol.seed, m["prompt"], k, "evaluate") for m, k in part],
-        num_steps=protocol.num_inference_steps,
-        guidance=protocol.guidance_scale,
-        bf16=True,
-    )
-
-
-def judge(items: Sequence[Item], out: Path) -> list[dict[str, Any]]:
-    """One result row a picture, also written to ``results.jsonl``.
-
-    Raises:
-        DataError: pictures are missing or broken.
-    """
-    missing = sum(not picture_path(out, k).exists() for k in range(len(items)))
-    if missing:
-        raise DataError(f"{missing} of {len(items)} pictures are missing in {out}", "run again")
-    rows = []
-    for number, (metadata, image_number) in enumerate(items):
-        file = picture_path(out, number)
-        parts = detect(read_picture(file))
-        verdict = evaluate([p.detection for p in parts], None, metadata)
-        rows.append(
-            {
-                "filename": str(file.relative_to(out)),
-                "tag": metadata["tag"],
-                "prompt": metadata["prompt"],
-                "image": image_number,
-                "correct": verdict.correct,
-                "reason": "\n".join(verdict.reasons),
-                "graded": round(graded_score(parts, metadata), 6),
-                "metadata": metadata,
-                "detections": [p.detection.to_dict() for p in parts],
-            }
-        )
-    text = "".join(json.dumps(r) + "\n" for r in rows)
-    temporary = out / ".results.tmp"
-    temporary.write_text(text)
-    temporary.rename(out / "results.jsonl")
-    return rows
-
-
-def read_picture(file: Path) -> Image:
-    """A picture in RGB.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    try:
-        return open_image(file)
-    except MediaError as error:
-        raise DataError(f"{file}: {error}", "delete it and run again") from error
-
-
-def by_task(rows: Sequence[dict[str, Any]], key: str) -> tuple[dict[str, list], dict[str, list]]:
-    """Values and prompt ids by task."""
-    values, groups = defaultdict(list), defaultdict(list)
-    for row in rows:
-        values[row["tag"]].append(float(row[key]))
-        groups[row["tag"]].append(row["prompt"])
-    return dict(values), dict(groups)
-
-
-def summarise(
-    rows: Sequence[dict[str, Any]], protocol: Protocol, facts: dict[str, Any], out: Path
-) -> dict[str, Any]:
-    """Tasks, overall with its interval, graded mean and the protocol.
-
-    Written to ``summary.json``.
-    """
-    values, groups = by_task(rows, "correct")
-    graded, _ = by_task(rows, "graded")
-    interval = macro_mean(values, groups)
-    table = summary([r | {"metadata": json.dumps(r["metadata"])} for r in rows])
-    result = {
-        "format": FORMAT,
-        "t2i_align": __version__,
-        "protocol": asdict(protocol),
-        "prompts_sha256": prompt_hash(items_of(protocol)),
-        **facts,
-        "tasks": {t: s["mean"] for t, s in table["tasks"].items()},
-        "overall": asdict(interval),
-        "graded": asdict(macro_mean(graded, groups)),
-        "images": table["num_images"],
-    }
-    (out / "summary.json").write_text(json.dumps(result, indent=1))
-    return result
+        Raises:
+            DataError: none or several are given.
+        """
+        given = [s for s in (self.model, self.images, self.answers) if s is not None]
+        if len(given) != 1:
+            raise DataError(
+                f"eval needs one source of pictures, got {len(given)}",
+                "give one of --model, --images and --detections",
+            )
 
 
 def run(
-    generator: DiffusersGenerator,
-    protocol: Protocol,
-    facts: dict[str, Any],
-    out: Path,
-    console: Console,
+    request: Request, console: Console, device: str = "cpu", *, allow_partial: bool = False
 ) -> dict[str, Any]:
-    """Evaluate a loaded generator on the scenes; continues an interrupted run.
+    """Evaluate; goes on where an interrupted run into the same folder stopped.
+
+    Args:
+        request: what.
+        console: for progress.
+        device: for the model and the benchmark's judges.
+        allow_partial: give a total, marked as partial, although pictures are missing.
+
+    Returns:
+        What is written to ``summary.json``.
+
+    Raises:
+        DataError: ``out`` holds another evaluation, or pictures are missing.
+        InterruptedRun: Ctrl-C; what is done is kept.
+    """
+    try:
+        return _run(request, console, device, allow_partial)
+    except KeyboardInterrupt as error:
+        raise InterruptedRun(
+            f"stopped; what is done is kept in {request.out}", "the same command goes on"
+        ) from error
+
+
+def _run(request: Request, console: Console, device: str, allow_partial: bool) -> dict[str, Any]:
+    given = None if request.answers is None else _given(request)
+    worker = Worker(_job(request, given, device))
+    facts = facts_of(request, worker, given)
+    claim(request.out, facts)
+    if request.model is not None:
+        draw(worker, request, console)
+    if given is None:
+        answered = answer(worker, request, facts, console, allow_partial)
+    else:
+        answered = dict(given.rows)
+    header = header_line(request.benchmark, worker.job.options, facts["protocol"])
+    write_answers(request.out / "answers.jsonl", header, worker.pictures, answered)
+    return finish(worker, answered, facts, request.out, allow_partial)
+
+
+def _given(request: Request) -> AnswerFile:
+    """Stored answers of this benchmark.
+
+    Raises:
+        DataError: they are of another.
+    """
+    assert request.answers is not None
+    found = read_answers(request.answers)
+    named = found.header.get("benchmark", request.benchmark)
+    if named != request.benchmark:
+        raise DataError(
+            f"{request.answers} holds answers of '{named}', not of '{request.benchmark}'",
+            f"t2i-align eval {named} --detections {request.answers}",
+        )
+    return found
+
+
+def _job(request: Request, given: AnswerFile | None, device: str) -> Job:
+    """The job; replayed answers bring the options they were given under."""
+    pictures = request.out / "images"
+    options = dict(request.options)
+    if given is not None:
+        options = {**given.header.get("options", {}), **options}
+        assert request.answers is not None
+        beside = request.answers.resolve().parent
+        pictures = Path(_read(beside / "protocol.json").get("pictures") or beside / "images")
+    elif request.images is not None:
+        pictures = given_folder(request.images.resolve())
+    model, sampling = request.model, request.sampling
+    return Job(request.benchmark, options, pictures, model, sampling, device)
+
+
+def facts_of(request: Request, worker: Worker, given: AnswerFile | None) -> dict[str, Any]:
+    """Protocol, model and hashes: what two runs share to be compared, and what they compare."""
+    bench = worker.benchmark
+    if given is not None:
+        return _replayed(request, worker, given)
+    identity = dict(bench.identity())
+    identity.setdefault("prompts_sha256", items_sha256(bench.items()))
+    protocol = {"benchmark": request.benchmark, **identity}
+    protocol["images_per_prompt"] = bench.images_per_prompt
+    made, facts = _drawn(request)
+    if request.images is not None:
+        facts |= {"layout": _layout(worker)}
+    clash = sorted(protocol.keys() & made.keys())
+    assert not clash, f"{request.benchmark}: identity names {clash}, which the runner says"
+    facts |= {"prompts_sha256": identity["prompts_sha256"]}
+    return {"protocol": protocol | made, "options": dict(worker.job.options), **facts}
+
+
+def _drawn(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How pictures are sampled, and what draws them; unknown for pictures of elsewhere."""
+    if request.model is not None:
+        facts = model_facts(request.model, request.sampling)
+        made = request.sampling.protocol() | {"scheduler": facts.pop("scheduler")}
+        return made, facts | {"batch_size": request.sampling.batch_size}
+    assert request.images is not None
+    known = _read(request.images / "protocol.json")
+    names = (*UNKNOWN, "precision", "scheduler")
+    made = {name: known.get("protocol", {}).get(name) for name in names}
+    facts = {k: known.get(k) for k in ("model", "lora", "denoiser", "weights_sha256")}
+    return made, facts | {"pictures": str(given_folder(request.images.resolve()))}
+
+
+def _layout(worker: Worker) -> str:
+    """How given pictures are named.
+
+    Raises:
+        DataError: there is none, or no single way.
+    """
+    layout, _ = worker.located
+    if layout is None:
+        raise none_found(worker.job.pictures, worker.job.benchmark)
+    return layout.pattern
+
+
+def _replayed(request: Request, worker: Worker, given: AnswerFile) -> dict[str, Any]:
+    """The protocol that the answers' file names; options that are other now are said apart."""
+    assert request.answers is not None
+    protocol: dict[str, Any] = {"benchmark": request.benchmark, "prompts_sha256": None}
+    protocol |= dict.fromkeys((*UNKNOWN, "precision", "scheduler"))
+    protocol |= {"images_per_prompt": worker.benchmark.images_per_prompt}
+    protocol |= dict(given.header.get("protocol", {}))
+    then = given.header.get("options", {})
+    other = {k: v for k, v in request.options.items() if k not in then or then[k] != v}
+    if given.header:
+        protocol |= {"replayed_with": other}
+    else:
+        protocol |= {"replayed_with": dict(request.options), "origin": "unknown"}
+    beside = _read(request.answers.parent / "protocol.json")
+    facts = {k: beside.get(k) for k in ("model", "lora", "denoiser", "weights_sha256")}
+    facts |= {"prompts_sha256": protocol["prompts_sha256"], "replayed": str(request.answers)}
+    facts |= {"answers_sha256": file_sha256(request.answers)}
+    if worker.job.pictures.is_dir():
+        facts |= {"pictures": str(worker.job.pictures)}
+    return {"protocol": protocol, "options": dict(worker.job.options), **facts}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    from t2i_align.evaluate.provenance import read_object
+
+    return read_object(file)
+
+
+def claim(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``protocol.json``, or check that the one there says the same.
 
     Raises:
         DataError: ``out`` holds a run of another protocol or model.
     """
     marker = out / "protocol.json"
-    text = json.dumps({"protocol": asdict(protocol), **facts}, indent=1)
-    if marker.exists() and marker.read_text() != text:
+    before = _read(marker)
+    begun = (out / "answers.jsonl").exists() or any(out.glob("images/*/samples/*"))
+    odd = differences(before, facts) if before and begun else []
+    if odd:
         raise DataError(
-            f"{out} holds an evaluation of another model or protocol", "choose another --out"
+            f"{out} holds an evaluation of another model or protocol: {'; '.join(odd)}",
+            "choose another --out; nothing in it was touched",
         )
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(text)
-    items = items_of(protocol)
-    make_pictures(generator, items, protocol, out, console)
-    return summarise(judge(items, out), protocol, facts, out)
+    write_whole(marker, [json.dumps(facts, indent=1)])
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What an earlier ``protocol.json`` says otherwise; fields it does not know are no matter."""
+    plain = json.loads(json.dumps(now))
+    pairs = [(k, v, plain.get(k)) for k, v in before.items() if k not in ("protocol", "options")]
+    fields = plain["protocol"]
+    told = before.get("protocol", {})
+    told = told if isinstance(told, dict) else {"protocol": told}
+    pairs += [(k, v, fields.get(k)) for k, v in told.items()]
+    return [f"{k}: {a} and {b}" for k, a, b in pairs if a != b]
+
+
+def draw(worker: Worker, request: Request, console: Console) -> None:
+    """Generate what is missing, a whole piece at a time."""
+    pictures = worker.pictures
+    pieces = chunks(len(pictures), request.sampling.batch_size)
+    missing = [c for c in pieces if not all(pictures[k].file.exists() for k in c)]
+    done = len(pictures) - sum(map(len, missing))
+    with progress(console, "pictures", len(pictures), done) as bar:
+        for piece, _ in spread(worker, "draw", missing, *request.processes):
+            bar.advance(len(piece))
+    worker.release()
+
+
+def answer(
+    worker: Worker,
+    request: Request,
+    facts: Mapping[str, Any],
+    console: Console,
+    allow_partial: bool,
+) -> dict[Key, Stored]:
+    """Answers about every picture that is there; those of unchanged pictures are kept.
+
+    Raises:
+        DataError: pictures are missing and no partial result is asked for.
+    """
+    there = [k for k, p in enumerate(worker.pictures) if p.file.is_file()]
+    _refuse_missing(len(there), worker, allow_partial)
+    file = request.out / "answers.jsonl"
+    kept = dict(read_answers(file).rows) if file.is_file() else {}
+    hashes = {k: file_sha256(worker.pictures[k].file) for k in there}
+    done = {k for k in there if _same(kept, worker.pictures[k], hashes[k])}
+    answered = {key_of(worker.pictures[k]): kept[key_of(worker.pictures[k])] for k in done}
+    header = header_line(request.benchmark, worker.job.options, facts["protocol"])
+    write_answers(file, header, worker.pictures, answered)
+    pieces = [[k for k in c if k in hashes] for c in chunks(len(worker.pictures), ANSWERED)]
+    missing = [c for c in pieces if not done.issuperset(c)]
+    done_before = len(there) - sum(map(len, missing))
+    with progress(console, "answers", len(there), done_before) as bar, file.open("a") as stream:
+        for piece, found in spread(worker, "answer", missing, *request.processes):
+            for k, value in zip(piece, found, strict=True):
+                picture, stored = worker.pictures[k], Stored(value, hashes[k])
+                if key_of(picture) not in answered:
+                    stream.write(answer_line(picture, stored))
+                answered[key_of(picture)] = stored
+            stream.flush()
+            bar.advance(len(piece))
+    return answered
+
+
+def _same(kept: Mapping[Key, Stored], picture: Picture, sha256: str) -> bool:
+    found = kept.get(key_of(picture))
+    return found is not None and found.sha256 == sha256
+
+
+def _refuse_missing(
+    found: int, worker: Worker, allow_partial: bool, what: str = "pictures"
+) -> None:
+    expected = len(worker.pictures)
+    if found == expected or (allow_partial and found):
+        return
+    raise DataError(
+        f"{expected - found} of {expected} {what} are missing in {worker.job.pictures}",
+        "bring them, or score what is there, marked as partial, with --allow-partial",
+    )
+
+
+def finish(
+    worker: Worker,
+    answered: Mapping[Key, Stored],
+    facts: Mapping[str, Any],
+    out: Path,
+    allow_partial: bool = False,
+) -> dict[str, Any]:
+    """Verdicts from answers, rows and summary.
+
+    Raises:
+        DataError: answers are missing and no partial result is asked for.
+    """
+    pictures = [p for p in worker.pictures if key_of(p) in answered]
+    _refuse_missing(len(pictures), worker, allow_partial, "answers")
+    raw = [answered[key_of(p)].answer for p in pictures]
+    verdicts = worker.benchmark.verdicts(pictures, raw)
+    root = out if worker.job.pictures.is_relative_to(out) else worker.job.pictures
+    rows = rows_of(pictures, raw, verdicts, root)
+    summary = worker.benchmark.summary(pictures, verdicts)
+    result = summary_of(summary, rows, facts, len(worker.pictures))
+    write_rows(rows, out)
+    write_whole(out / "summary.json", [json.dumps(result, indent=1)])
+    return result

@@ -12,7 +12,6 @@ Its interval draws prompts again (evaluate/aggregate.py); one prompt has none.
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import numpy as np
 
 from t2i_align.errors import DataError
 from t2i_align.evaluate.aggregate import bootstrap_mean, paired_difference, win_tie_lose
+from t2i_align.plain_json import loads
 
 READABLE = (".jsonl", ".csv", ".parquet")
 Facts = tuple[str, ...]  # version, weights and the rest of what a judge depends on, as text
@@ -56,12 +56,21 @@ def is_scored(path: Path) -> bool:
         first = next(iter(_rows(path)), {})
     except (OSError, ValueError):
         return False
+    if not isinstance(first, dict):
+        return False
     return {"file", "prompt"} <= set(first) and any(k.endswith(".version") for k in first)
 
 
 def read_side(path: Path) -> Side:
-    """A scored file."""
-    return side_of(str(path), _rows(path))
+    """A scored file.
+
+    Raises:
+        DataError: as for :func:`side_of`, or it is no file of scores.
+    """
+    try:
+        return side_of(str(path), _rows(path))
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path} holds no scores of `t2i-align score`: {error!r}") from error
 
 
 def side_of(name: str, rows: Iterable[dict[str, Any]]) -> Side:
@@ -93,7 +102,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from csv.DictReader(file)
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+            yield from map(loads, file)
     else:
         from t2i_align.data.rows import parquet_file
 

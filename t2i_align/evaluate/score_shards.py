@@ -9,7 +9,6 @@ addresses for shell commands.
 from __future__ import annotations
 
 import itertools
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.errors import DataError
+from t2i_align.plain_json import loads
 
 MAX_TEXT = 2**20
 
@@ -112,7 +112,7 @@ def _prompt(tar: tarfile.TarFile, member: tarfile.TarInfo, keys: tuple[str, ...]
         text = _content(tar, member).decode("utf-8")
         if member.name.lower().endswith(".txt"):
             return text.strip() or None
-        found: Any = json.loads(text)
+        found: Any = loads(text)
         return next((found[k] for k in keys if found.get(k)), None)
     except (ValueError, AttributeError) as error:
         raise DataError(f"{tar.name}: {member.name} cannot be read ({error})") from error

@@ -31,6 +31,7 @@ from typing import Any
 
 from t2i_align.contract import Media, MediaError
 from t2i_align.errors import DataError, UserError
+from t2i_align.plain_json import loads
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 TABLES = (".parquet", ".jsonl", ".json")
@@ -275,8 +276,7 @@ def _picture(path: Path, bare: bool) -> Iterator[Entry]:
     prompt = None
     if path.parent.name == "samples" and metadata.is_file():
         try:
-            first = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])
-            prompt = first["prompt"]
+            prompt = loads(metadata.read_text(encoding="utf-8").splitlines()[0])["prompt"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(
                 f"{metadata}: its first line has no prompt ({error})",

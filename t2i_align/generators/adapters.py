@@ -5,15 +5,21 @@ How it is adapted, in what precision, and against which reference.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from t2i_align.options import Options
 
+Positive = Annotated[int, Field(ge=1)]
+
 
 class LoraOptions(Options):
-    """LoRA, in peft's names."""
+    """LoRA, in peft's names.
+
+    There is no ``lora_dropout``: a likelihood must be the same number each time it is asked, so the
+    policy is scored in eval mode, where dropout does nothing.
+    """
 
     r: int = Field(default=16, ge=1, description="rank")
     lora_alpha: int = Field(
@@ -26,6 +32,33 @@ class LoraOptions(Options):
     init_lora_weights: Literal["gaussian", "default"] = Field(
         default="gaussian",
         description="how A starts; B is zero either way, so training starts at the base model",
+    )
+    use_dora: bool = Field(
+        default=False,
+        description="DoRA (arXiv:2402.09353): direction by LoRA, the length of each row of the "
+        "weight trained apart; slower, often better at small r",
+    )
+    use_rslora: bool = Field(
+        default=False,
+        description="rsLoRA (arXiv:2312.03732): scale by lora_alpha / sqrt(r) instead of "
+        "lora_alpha / r, so that a larger r is not damped",
+    )
+    exclude_modules: list[str] = Field(
+        default=[], description="module name suffixes that get no adapter"
+    )
+    rank_pattern: dict[str, Positive] = Field(
+        default={}, description="another r for module name suffixes, e.g. {to_v: 32}"
+    )
+    alpha_pattern: dict[str, Positive] = Field(
+        default={}, description="another lora_alpha for module name suffixes"
+    )
+    from_block: int | None = Field(
+        default=None,
+        ge=0,
+        description="adapters only in blocks from this one on, counted from 0 in forward order "
+        "(UNet: down, mid, up; DiT: transformer_blocks, then single ones); the backward pass ends "
+        "there, and what comes before runs once for policy and reference (unless they are "
+        "compiled); null: everywhere",
     )
 
 

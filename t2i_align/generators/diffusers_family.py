@@ -1,4 +1,4 @@
-"""Any text-to-image diffusers pipeline with a declared layout: SD1.5, SDXL, SD3.
+"""Any text-conditioned diffusers pipeline with a layout, see layouts.py for the families.
 
 The frozen parts (text encoders, VAE) and the denoiser are loaded apart: the cache is built with the
 encoders only, then they are dropped and the denoiser is loaded. With a warm cache the encoders are
@@ -8,8 +8,7 @@ never loaded.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,18 +31,24 @@ from t2i_align.contract import (
     TensorDict,
     View,
 )
-from t2i_align.errors import ModelError
+from t2i_align.data.buckets import Buckets, make_buckets
 from t2i_align.generators import diffusers_folder as folders
-from t2i_align.generators.capture import SHARED, unflatten
-from t2i_align.generators.diffusers_frozen import FrozenParts
+from t2i_align.generators.cache_keys import Facts, media_key, text_key
+from t2i_align.generators.calling import GUIDANCE, Caller, stacked, unstacked
+from t2i_align.generators.checkpointing import enable
+from t2i_align.generators.diffusers_frozen import FrozenParts, Size
 from t2i_align.generators.diffusers_options import DiffusersOptions
+from t2i_align.generators.diffusers_sampling import sample
 from t2i_align.generators.drawing import draw_event, posterior
-from t2i_align.generators.layouts import LAYOUTS
+from t2i_align.generators.fitting import checked_size, load
+from t2i_align.generators.guidance import StepGuidance, chosen_guider, guide
+from t2i_align.generators.idle_options import check_idle, is_told_guidance
+from t2i_align.generators.processes import prediction_of, process_of
 from t2i_align.generators.scoring import score_event
 from t2i_align.generators.views import Views, build_views
 from t2i_align.options import Options
-from t2i_align.process.schedule import Process, Rectified, vp_from_scheduler
-from t2i_align.process.seeds import generator as rng
+from t2i_align.process.convert import Prediction
+from t2i_align.process.schedule import Process
 from t2i_align.process.seeds import normals
 
 
@@ -72,30 +77,33 @@ class DiffusersGenerator:
                 options.name_or_path, options.revision, options.variant, download=True
             )
         self.index, self.config, scheduler, folder = folders.describe(options)
-        self.vae_factor = folders.vae_factor(folder)
-        self.family = folders.family_name(self.index, options)
-        self.layout = LAYOUTS[self.family]
+        self.family, self.layout = folders.family(self.index, options)
+        check_idle(options, self.layout, self.config)
+        self.factor = self.layout.factor(folders.vae_config(folder))
         self.dtype = folders.DTYPES[options.dtype]
-        self.process, self.prediction = self._process(scheduler)
+        self.call = self._caller()
+        self.process = self._process(scheduler)
+        self.prediction: Prediction = prediction_of(self.layout, options, scheduler)
         self._frozen: FrozenParts | None = None
         self._views: Views | None = None
-        if options.resolution % self.vae_factor:
-            raise ModelError(
-                f"model.resolution: {options.resolution} is not a multiple of {self.vae_factor}"
-            )
+        self.size = checked_size(options, self.layout, self.config, self.factor)
 
-    def _process(self, scheduler: dict[str, Any]) -> tuple[Process, Any]:
-        kind: Any = self.options.prediction_type
-        if kind == "auto":
-            kind = self.layout.prediction
-        if kind == "scheduler":
-            kind = scheduler.get("prediction_type", "epsilon")
-        if self.layout.process == "vp":
-            return vp_from_scheduler(scheduler), kind
-        shift = self.options.timestep_shift
-        if shift is None:
-            shift = 1.0 if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
-        return Rectified(self.layout.time_scale, shift), kind
+    def _caller(self) -> Caller:
+        told, rate = self.options.embedded_guidance, self.options.frame_rate
+        if not is_told_guidance(self.layout, self.config):
+            told = None
+        elif told is None:
+            told = self.layout.embedded_guidance
+        return Caller(self.layout, self.config, self.factor, self.dtype, told, rate)
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """``(c, h, w)`` or ``(c, f, h, w)`` of the model latents of a size."""
+        sides = size.height, size.width
+        return self.layout.latent_shape(self.config, self.factor, sides, size.num_frames)
+
+    def _process(self, scheduler: dict[str, Any]) -> Process:
+        side = self.options.resolution // (self.factor[0] * self.layout.patch(self.config))
+        return process_of(self.layout, self.options, scheduler, side**2)
 
     # -- loading
     # ------------------------------------------------------------------------------------------
@@ -126,9 +134,9 @@ class DiffusersGenerator:
             net = folders.load_denoiser(
                 cls, self.folder, self.layout.denoiser, self.dtype, self.options
             )
-        net = net.to(self.device)
+        net = folders.prepared(net, self.options, self.device, self._cond_names())
         if self.options.gradient_checkpointing:
-            net.enable_gradient_checkpointing()
+            enable(net, self.layout.checkpoint_blocks)
         self._views = build_views(
             net,
             self.options.lora,
@@ -141,13 +149,23 @@ class DiffusersGenerator:
         if self._frozen is not None:
             self._frozen.attach(net)
 
+    def _cond_names(self) -> Iterable[str]:
+        declared = self.options.layout
+        return declared.cond_shapes if declared else self.layout.cond_shapes(self.config, None)
+
     @property
     def frozen(self) -> FrozenParts:
         """Text encoders, VAE and scheduler."""
         if self._frozen is None:
             assert self.folder is not None, "planning has no frozen parts"
             self._frozen = FrozenParts(
-                self.options, self.folder, self.index, self.layout, self.device, self._any_denoiser
+                self.options,
+                self.folder,
+                self.index,
+                self.layout,
+                self.factor,
+                self.device,
+                self._any_denoiser,
             )
         return self._frozen
 
@@ -174,53 +192,27 @@ class DiffusersGenerator:
         """Plain, and mirrored when ``random_flip`` is on."""
         return ("", "flip") if self.options.random_flip else ("",)
 
-    def media_key(self) -> Mapping[str, Any]:
-        """What an encoded image depends on."""
-        assert self.folder is not None
-        o = self.options
-        if o.vae_name_or_path and not folders.looks_local(o.vae_name_or_path):
-            vae = o.vae_name_or_path
-        elif o.vae_name_or_path:
-            vae = folders.fingerprint(folders.local_path(o.vae_name_or_path), ["."])
-        else:
-            vae = folders.fingerprint(self.folder, ["vae"])
-        return {
-            "vae": vae,
-            "vae_dtype": o.vae_dtype,
-            "resolution": o.resolution,
-            "crop": o.crop,
-            "format": 1,
-        } | self._variant_key()
+    @property
+    def buckets(self) -> Buckets | None:
+        """The shapes images are fitted to, by record; None: the one square."""
+        asked = self.options.aspect_buckets
+        unit = self.factor[0] * self.layout.patch(self.config)
+        return asked and make_buckets(asked, self.options.resolution, unit)
 
-    def _variant_key(self, *more: str) -> dict[str, Any]:
-        given = {name: getattr(self.options, name) for name in ("variant", *more)}
-        return {name: value for name, value in given.items() if value}
+    def media_key(self) -> Mapping[str, Any]:
+        """What an encoded image depends on; see cache_keys.py."""
+        assert self.folder is not None
+        return media_key(self.folder, self.options, self.layout)
 
     def text_key(self) -> Mapping[str, Any]:
         """What encoded prompts depend on."""
         assert self.folder is not None
-        parts = [n for n in self.index if n.startswith(("text_encoder", "tokenizer"))]
-        return {
-            "pipeline": self.index["_class_name"],
-            "text": folders.fingerprint(self.folder, parts),
-            "dtype": self.options.dtype,
-            "format": 1,
-        } | self._variant_key("max_sequence_length")
+        facts = Facts(self.index, self.config, self.factor)
+        return text_key(self.folder, self.options, self.layout, facts)
 
     def load_media(self, media: Media, variant: str) -> Encoded:
-        """Decode, resize, crop and maybe mirror one image; see data/images.py."""
-        from t2i_align.data.images import fit, open_image
-
-        image = open_image(media.data)
-        o = self.options
-        key = str(media.meta.get("key", ""))
-        pixels, size = fit(image, o.resolution, o.crop, key, variant == "flip")
-        meta = {
-            "original_size": list(size.original_size),
-            "crop_top_left": list(size.crop_top_left),
-            "target_size": list(size.target_size),
-        }
-        return Encoded({"pixels": pixels}, meta)
+        """Decode, resize, crop and maybe mirror one picture or clip; see fitting.py."""
+        return load(media, variant, self.options, self.layout)
 
     def encode_media(self, loaded: Sequence[Encoded]) -> list[Encoded]:
         """VAE posterior of each image in the denoiser's latent scale.
@@ -231,9 +223,15 @@ class DiffusersGenerator:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TensorDict]:
         """Captured conditioning of each prompt, without what belongs to the image."""
-        cond = self.frozen.capture(list(prompts), 1, 1.0, None).cond
-        cond = {k: v for k, v in cond.items() if k not in self.layout.per_image}
-        return [{k: v[i].cpu().clone() for k, v in cond.items()} for i in range(len(prompts))]
+        groups = [[p] for p in prompts] if self.layout.alone else [list(prompts)]
+        side = self.options.resolution
+        size = Size(side, side, self.size.num_frames)  # what is trained on, not what is sampled
+        found: list[TensorDict] = []
+        for group in groups:
+            cond = self.frozen.capture(group, size, 1).cond
+            left_out = (*self.layout.per_image, GUIDANCE)
+            found += unstacked({k: v for k, v in cond.items() if k not in left_out})
+        return found
 
     def assemble(
         self,
@@ -246,7 +244,7 @@ class DiffusersGenerator:
         Adds SDXL's time ids (height, width, top, left, target height, target width).
         """
         state = {k: torch.stack([s[k] for s in states]).float() for k in states[0]}
-        cond = {k: torch.stack([c[k] for c in conds]) for k in conds[0]}
+        cond = stacked(conds, ragged=self.layout.ragged)
         for key, rule in self.layout.per_image.items():
             assert rule == "sdxl_time_ids", rule
             cond[key] = torch.tensor([self._time_ids(m) for m in metas], dtype=torch.float32)
@@ -254,8 +252,8 @@ class DiffusersGenerator:
 
     def _time_ids(self, meta: Mapping[str, Any]) -> list[int]:
         if self.options.time_ids == "constant":
-            r = self.options.resolution
-            return [r, r, 0, 0, r, r]
+            target = meta["target_size"]
+            return [*target, 0, 0, *target]
         return [*meta["original_size"], *meta["crop_top_left"], *meta["target_size"]]
 
     # -- events
@@ -272,20 +270,11 @@ class DiffusersGenerator:
 
     def denoise(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: TensorDict) -> Tensor:
         """One denoiser call ``(B, c, h, w) -> (B, c, h, w)`` with captured conditioning."""
-        parts = {
-            k: self._cast(k, v[0] if k.startswith(SHARED) else v).to(x_t.device)
-            for k, v in cond.items()
-        }
-        arguments = unflatten(parts) | {
-            self.layout.sample_arg: x_t.to(self.dtype),
-            self.layout.time_arg: time,
-            "return_dict": False,
-        }
-        return net(**arguments)[0]
+        return self.call(net, x_t, time, cond)
 
-    def _cast(self, key: str, value: Tensor) -> Tensor:
-        keep = key in self.layout.per_image or not value.is_floating_point()
-        return value if keep else value.to(self.dtype)
+    def guide(self, uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
+        """The pipeline's combination of two branches, see guidance.py."""
+        return guide(self.layout, self.config, (uncond, cond), guidance)
 
     def score(
         self,
@@ -310,67 +299,56 @@ class DiffusersGenerator:
         negative_prompt: str | None = None,
     ) -> SamplingInputs:
         """Encode prompts and keep the scheduler as the pipeline configured it."""
-        found = self.frozen.capture(list(prompts), num_steps, guidance, negative_prompt)
-        num = len(prompts)
-        guided = guidance > 1
-        cond = {k: v[-num:] for k, v in found.cond.items()}
-        negative = {k: v[:num] for k, v in found.cond.items()} if guided else None
-        shape = tuple(found.sample.shape[1:])
-        return SamplingInputs(
-            cond, negative, num_steps, guidance, shape, copy.deepcopy(self.pipe.scheduler)
-        )
+        found = self.frozen.capture(list(prompts), self.size, num_steps, guidance, negative_prompt)
+        scale = 1.0 if found.negative is None else guidance
+        plan, guider = copy.deepcopy(self.pipe.scheduler), None
+        if self.layout.combine == "guider" and found.negative is not None:
+            guider = copy.deepcopy(chosen_guider(self.pipe, found.cond))
+        shape = self.latent_shape(self.size)
+        return SamplingInputs(found.cond, found.negative, num_steps, scale, shape, plan, guider)
 
     @torch.no_grad()
     def rollout(self, inputs: SamplingInputs, noise_seeds: Tensor, view: View) -> Rollout:
         """The pipeline's sampling loop with its own scheduler.
 
-        Equals ``pipe(latents=normals(noise_seeds))``.
+        Equals ``pipe(latents=normals(noise_seeds))``, packed where the family packs.
         """
-        scheduler = copy.deepcopy(inputs.plan)
         x = normals(noise_seeds, inputs.shape).to(self.device, self.dtype)
-        if hasattr(scheduler, "init_noise_sigma"):
-            x = x * scheduler.init_noise_sigma
-        cond = inputs.cond
-        if inputs.negative is not None:
-            cond = {k: torch.cat([inputs.negative[k], v]) for k, v in cond.items()}
-        extra: dict[str, Any] = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            extra["generator"] = [rng(s + 1) for s in noise_seeds.tolist()]
+        guidance = StepGuidance(
+            self.layout, self.config, inputs.guidance, copy.deepcopy(inputs.guider)
+        )
         with self.use(view) as net:
-            for t in scheduler.timesteps:
-                x_in = (
-                    scheduler.scale_model_input(x, t)
-                    if hasattr(scheduler, "scale_model_input")
-                    else x
-                )
-                if inputs.negative is not None:
-                    x_in = torch.cat([x_in, x_in])
-                pred = self.denoise(net, x_in, t.to(self.device).expand(len(x_in)), cond)
-                if inputs.negative is not None:
-                    uncond, pred = pred.chunk(2)
-                    pred = uncond + inputs.guidance * (pred - uncond)
-                x = scheduler.step(pred, t, x, **extra, return_dict=False)[0]
+
+            def predict(x: Tensor, time: Tensor, cond: TensorDict) -> Tensor:
+                return self.denoise(net, x, time, cond)
+
+            x = sample(predict, x, noise_seeds, inputs, guidance)
         return Rollout(Sample({"x0": x}, inputs.cond))
 
     def decode(self, sample: Sample) -> list[Media]:
-        """Latents to images ``(3, h, w)`` in [0, 1]."""
+        """Latents to images ``(3, h, w)`` or clips ``(3, f, h, w)`` in [0, 1]."""
         latent = sample.state["x0" if "x0" in sample.state else "mean"]
-        return [Media("image", image) for image in self.frozen.decode(latent)]
+        clip = self.layout.media == "video"
+        meta = {"frame_rate": self.options.frame_rate} if clip else {}
+        return [Media(self.layout.media, found, meta) for found in self.frozen.decode(latent)]
 
     # -- planning and export
 
     def example(self, batch: int) -> Sample:
         """A sample of the right shapes, for planning."""
-        size = self.options.resolution // self.vae_factor
-        mean = torch.zeros(batch, self.config["in_channels"], size, size)
+        side = self.options.resolution
+        mean = torch.zeros(batch, *self.latent_shape(Size(side, side, self.size.num_frames)))
         shapes = self.layout.cond_shapes(self.config, self.options.max_sequence_length)
-        cond = {k: torch.zeros(batch, *shape) for k, shape in shapes.items()}
+        whole = self.layout.integers
+        kinds = {k: torch.int64 if k.startswith(whole) else torch.float32 for k in shapes}
+        cond = {k: torch.zeros(batch, *shape, dtype=kinds[k]) for k, shape in shapes.items()}
         return Sample({"mean": mean, "std": mean}, cond)
 
     def load_adapter(self, name_or_path: str) -> None:
-        """Load a trained adapter with the pipeline's own ``load_lora_weights``."""
-        setattr(self.pipe, self.layout.denoiser, self.module)
-        self.pipe.load_lora_weights(name_or_path)
+        """Load a trained adapter as the stock pipeline would; see diffusers_export.py."""
+        from t2i_align.generators.diffusers_export import load_adapter
+
+        load_adapter(self.pipe, self.layout.denoiser, self.module, name_or_path)
 
     def export(self, folder: str) -> list[str]:
         """LoRA.

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from t2i_align.errors import ModelError
+from t2i_align.generators.attention import set_attention
 from t2i_align.generators.diffusers_options import DiffusersOptions
+from t2i_align.generators.distilled import (
+    EXPERTS_FIX,
+    MEANFLOW_FIX,
+    experts_reason,
+    meanflow_reason,
+    refiner_reason,
+)
 from t2i_align.generators.known import KNOWN
-from t2i_align.generators.layouts import LAYOUTS, family_of
+from t2i_align.generators.layout_checks import check_pipeline
+from t2i_align.generators.layouts import FAMILIES, FamilyLayout, declared, family_of, layout_of
+from t2i_align.generators.quantize import quantize
+from t2i_align.plain_json import loads
 
+LOADING = (  # what a library answers a broken folder with
+    *(OSError, ValueError, TypeError, AttributeError, LookupError),
+    *(UnpicklingError, SafetensorError),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,8 +56,11 @@ def local_or_hub(name: str) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be meant as a path."""
-    marked = name.startswith((".", "/", "~", BUNDLED))
-    return marked or local_path(name).exists() or name.count("/") > 1
+    marked = name.startswith((".", "/", "~", BUNDLED)) or name.count("/") > 1
+    try:
+        return marked or local_path(name).exists()
+    except OSError:  # too long for a file name
+        return False
 
 
 def find_folder(
@@ -80,25 +101,68 @@ def find_folder(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a ModelError that names it."""
     try:
-        return json.loads(path.read_text())
+        found = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot read {path}: {error}", "download or save the model again"
         ) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object", "download or save the model again")
+    return found
 
 
-def family_name(index: dict[str, Any], options: DiffusersOptions) -> str:
-    """The family of a pipeline: as the recipe says, else by its class."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's ``model_index.json``.
+
+    Raises:
+        ModelError: its class or a part is not named as a pipeline names them: code of its own is
+            not run, and a part is a folder inside.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise ModelError(
+            f"{path}: _class_name is {index.get('_class_name')!r}, not a class of diffusers",
+            "pipelines with code of their own are not loaded; use a stock pipeline",
+        )
+    for name, value in index.items():
+        if not isinstance(value, list) or name.startswith("_"):
+            continue
+        pair = len(value) == 2 and all(isinstance(v, str | None) for v in value)
+        if not pair or not name.isidentifier():
+            raise ModelError(
+                f"{path}: the part {name[:80]!r} is not [library, class] in a folder of the model",
+                "download or save the model again",
+            )
+    return index
+
+
+def family(index: dict[str, Any], options: DiffusersOptions) -> tuple[str, FamilyLayout]:
+    """The family of a pipeline and its layout: as the recipe says, else by its class.
+
+    Raises:
+        ModelError: no family has it, it is a refiner, or it has two experts.
+    """
+    refiner = refiner_reason(index)
+    if refiner is not None:
+        raise ModelError(f"model.name_or_path: {refiner}", "train the base model instead")
+    experts = experts_reason(index)
+    if experts is not None:
+        raise ModelError(f"model.name_or_path: {experts}", EXPERTS_FIX)
+    if options.layout is not None:
+        check_pipeline(index, options, options.layout)
+        return "declared", declared(options.layout)
     if options.family != "auto":
-        return options.family
+        return options.family, layout_of(options.family)
     found = family_of(index["_class_name"])
     if found is None:
-        known = sorted(p for layout in LAYOUTS.values() for p in layout.pipelines)
+        known = sorted(p for name in FAMILIES for p in layout_of(name).pipelines)
         raise ModelError(
             f"no family for pipeline class {index['_class_name']}; known: {', '.join(known)}",
-            "set model.family if its denoiser is called like one of them",
+            "describe how its denoiser is called in model.layout, or set model.family if it is "
+            "called like one of them",
         )
-    return found
+    return found, layout_of(found)
 
 
 def fingerprint(folder: Path, parts: Iterable[str]) -> str:
@@ -125,11 +189,26 @@ def denoiser_class(index: dict[str, Any], component: str) -> type[nn.Module]:
 
     _library, name = index[component]
     found = getattr(diffusers, name, None)
-    if found is None:
+    if not isinstance(found, type):
         raise ModelError(
             f"{component} is a {name}, which this diffusers {diffusers.__version__} does not have"
         )
     return found
+
+
+def own_parts(
+    pipeline: type, index: dict[str, Any], folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Components of classes that diffusers names but finds only in the pipeline's own module.
+
+    So are the text encoders of deprecated pipelines (AltDiffusion's).
+    """
+    import diffusers
+
+    own = vars(sys.modules[pipeline.__module__])
+    stored = {k: v[1] for k, v in index.items() if isinstance(v, list) and v[0] != "transformers"}
+    hidden = {k: own[v] for k, v in stored.items() if v in own and not hasattr(diffusers, v)}
+    return {k: v.from_pretrained(folder / k, dtype=dtype) for k, v in hidden.items()}
 
 
 def meta_denoiser(
@@ -164,17 +243,43 @@ def load_denoiser(
         return loader.from_pretrained(
             folder, subfolder=component, dtype=dtype, variant=options.variant
         )
-    except (OSError, ValueError) as error:
+    except LOADING as error:
         raise ModelError(
             f"cannot load the {component} of {options.name_or_path}: {str(error).splitlines()[0]}",
             "is the folder complete? check model.variant",
         ) from error
 
 
+def prepared(
+    net: nn.Module, options: DiffusersOptions, device: torch.device, names: Iterable[str]
+) -> nn.Module:
+    """A loaded network on its device, quantised and with the attention kernel of the recipe.
+
+    Args:
+        net: on the CPU or the meta device.
+        options: the recipe's ``model`` section.
+        device: where it goes.
+        names: of its conditioning, as far as they are known.
+
+    Raises:
+        ModelError: it would be trained although it is quantised, or the kernel is not usable.
+    """
+    if options.quantization is not None:
+        if options.lora is None:
+            raise ModelError(
+                "model.quantization: rounded weights have no gradient, so they are not trained",
+                "add model.lora, or remove model.quantization",
+            )
+        net = quantize(net, options.quantization, device)
+    masked = any("mask" in name for name in names)
+    set_attention(net, options.attention, device, DTYPES[options.dtype], masked=masked)
+    return net.to(device)
+
+
 def _other_denoiser(loader: Any, name: str, dtype: torch.dtype) -> nn.Module:
     try:
         return loader.from_pretrained(local_or_hub(name), dtype=dtype)
-    except (OSError, ValueError) as error:
+    except LOADING as error:
         raise ModelError(
             f"model.denoiser_name_or_path: no weights of a {loader.__name__} in '{name}': "
             f"{str(error).splitlines()[0]}",
@@ -182,12 +287,10 @@ def _other_denoiser(loader: Any, name: str, dtype: torch.dtype) -> nn.Module:
         ) from error
 
 
-def vae_factor(folder: Path | None) -> int:
-    """Pixels a latent pixel stands for: 8 unless the VAE's config says otherwise."""
+def vae_config(folder: Path | None) -> dict[str, Any]:
+    """The VAE's config; empty if it is not here, which the families read as their usual VAE."""
     config = None if folder is None else folder / "vae" / "config.json"
-    if config is None or not config.is_file():
-        return 8
-    return 2 ** (len(read_json(config)["block_out_channels"]) - 1)
+    return {} if config is None or not config.is_file() else read_json(config)
 
 
 def describe(
@@ -198,7 +301,8 @@ def describe(
     Hub ids that are not on this machine fall back on the table of known architectures.
 
     Raises:
-        ModelError: an unknown hub id that is not on this machine.
+        ModelError: an unknown hub id that is not on this machine, or a network that is told more
+            than a noise level.
     """
     folder = find_folder(options.name_or_path, options.revision, options.variant, download=False)
     if folder is None:
@@ -211,11 +315,15 @@ def describe(
             )
         entry = KNOWN[options.name_or_path]
         return entry.index, entry.denoiser, entry.scheduler, None
-    index = read_json(folder / "model_index.json")
-    component = LAYOUTS[family_name(index, options)].denoiser
+    index = read_index(folder)
+    component = family(index, options)[1].denoiser
+    denoiser = read_json(folder / component / "config.json")
+    meanflow = meanflow_reason(index, denoiser)
+    if meanflow is not None:
+        raise ModelError(f"model.name_or_path: {meanflow}", MEANFLOW_FIX)
     return (
         index,
-        read_json(folder / component / "config.json"),
+        denoiser,
         read_json(folder / "scheduler" / "scheduler_config.json"),
         folder,
     )

@@ -40,6 +40,10 @@ class Denoising(Protocol):
         """One call of the network, ``(N, *L) -> (N, *L)``."""
         ...
 
+    def guide(self, uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
+        """One prediction of two branches."""
+        ...
+
 
 def posterior(sample: Sample, seeds: Seeds, *, sampled: bool) -> Tensor:
     """The native state ``(B, *L)``; an encoder's posterior is sampled from the noise seeds."""

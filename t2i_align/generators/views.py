@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from t2i_align.contract import View
 from t2i_align.errors import ModelError
 from t2i_align.generators.adapters import AdaptOptions, LoraOptions
+from t2i_align.generators.lora_targets import check_patterns, linear_names, target_names
+from t2i_align.generators.trunk import Trunk
 
 
 class Views:
@@ -45,10 +47,13 @@ class Views:
         self.wrapped: nn.Module = module
         self.ema: Mapping[str, Tensor] | None = None
         self.followed: dict[str, Tensor] = {}  # the reference's own values of what is trained
+        self.trunk: Trunk | None = None  # what the views have in common, where it is shared
 
     @contextmanager
     def use(self, view: View) -> Iterator[nn.Module]:
         """Yield the network to call for ``view``."""
+        if self.trunk is not None:
+            self.trunk.view = view
         if view == "policy":
             yield self.wrapped if torch.is_grad_enabled() else self.module
         elif view == "reference":
@@ -78,6 +83,10 @@ class Views:
             yield self.module
         finally:
             toggle_adapters(self.module, enabled=True)
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Around the scores of one event by several views, whose trunk then runs once."""
+        return nullcontext() if self.trunk is None else self.trunk.shared()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name."""
@@ -144,11 +153,6 @@ def toggle_adapters(module: nn.Module, *, enabled: bool) -> None:
             layer.enable_adapters(enabled)
 
 
-def linear_names(module: nn.Module) -> list[str]:
-    """Full names of all linear layers (peft's ``all-linear``, for any module)."""
-    return [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-
-
 def add_lora(module: nn.Module, options: LoraOptions, preset: list[str], seed: int) -> None:
     """Freeze a module and inject LoRA layers, float32, initialised from ``seed``.
 
@@ -159,21 +163,22 @@ def add_lora(module: nn.Module, options: LoraOptions, preset: list[str], seed: i
         seed: of the initialisation of A; B is zero.
 
     Raises:
-        ModelError: no module matches ``target_modules``.
+        ModelError: no module matches ``target_modules``, or other options fit no module.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    targets = options.target_modules
-    if targets == "attention":
-        targets = preset
-    elif targets == "all-linear":
-        targets = linear_names(module)
+    targets = target_names(module, options, preset)
     module.requires_grad_(False)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
-        target_modules=list(targets),
+        target_modules=targets,
         init_lora_weights="gaussian" if options.init_lora_weights == "gaussian" else True,
+        use_dora=options.use_dora,
+        use_rslora=options.use_rslora,
+        rank_pattern=dict(options.rank_pattern),
+        alpha_pattern=dict(options.alpha_pattern),
     )
     try:
         with torch.random.fork_rng(devices=[]):
@@ -186,9 +191,31 @@ def add_lora(module: nn.Module, options: LoraOptions, preset: list[str], seed: i
             f"{type(module).__name__} ({error})",
             f"use 'attention', 'all-linear', or suffixes such as {', '.join(suffixes)}",
         ) from error
+    adapted = (n for n, m in module.named_modules() if isinstance(m, BaseTunerLayer))
+    check_patterns(options, adapted)
     for p in module.parameters():
         if p.requires_grad:
             p.data = p.data.float()
+    if options.use_dora:
+        measure_rows(module)
+
+
+def measure_rows(module: nn.Module) -> None:
+    """Let DoRA's magnitudes be the rows' lengths in float32.
+
+    Peft measured them in the precision of the base; so rounded they would move it from the start.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_magnitude_vector:
+            magnitudes: Any = layer.lora_magnitude_vector["default"]
+            magnitudes.update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=layer.lora_A["default"].weight,
+                lora_B=layer.lora_B["default"].weight,
+                scaling=layer.scaling["default"],
+            )
 
 
 def build_views(
@@ -215,7 +242,10 @@ def build_views(
         if reference and frozen is None:
             frozen = module
     module.eval()
-    return Views(module, frozen)
+    views = Views(module, frozen)
+    if lora is not None and lora.from_block is not None and frozen is module:
+        views.trunk = Trunk(module)
+    return views
 
 
 def refuse_checkpointing(options: AdaptOptions, generator: str, why: str) -> None:

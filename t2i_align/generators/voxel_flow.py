@@ -38,6 +38,7 @@ from t2i_align.generators.adapters import AdaptOptions
 from t2i_align.generators.byte_text import NUM_BYTES, byte_ids, pad_rows
 from t2i_align.generators.diffusers_folder import DTYPES, read_json
 from t2i_align.generators.drawing import draw_event
+from t2i_align.generators.guidance import standard
 from t2i_align.generators.scoring import score_event
 from t2i_align.generators.views import Views, build_views, export_trained, refuse_checkpointing
 from t2i_align.options import Options
@@ -176,6 +177,10 @@ class VoxelFlow:
         dtype = DTYPES[self.options.dtype]
         cond = {k: v.to(x.device) for k, v in cond.items()}
         return net(x.to(dtype), time.to(dtype), cond["cond"], cond["cond_mask"])
+
+    def guide(self, uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
+        """The standard combination."""
+        return standard(uncond, cond, guidance)
 
     def score(
         self,

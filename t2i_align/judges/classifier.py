@@ -7,7 +7,6 @@ Low is safe. Preference models are poor judges of safety; this is a narrow one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from t2i_align.judges.published import PictureJudge, Published
 from t2i_align.judges.towers import load_folder
 from t2i_align.judges.weights import WeightsOptions
 from t2i_align.options import Options
+from t2i_align.plain_json import load_object
 
 
 class ClassifierOptions(WeightsOptions):
@@ -79,7 +79,7 @@ def check_processor(folder: Path, prepare: Preprocess) -> None:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = load_object(path.read_bytes(), str(path), ModelError)
     ours: dict[str, Any] = {
         "image_mean": list(prepare.mean),
         "image_std": list(prepare.std),

@@ -10,13 +10,13 @@ publisher.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from t2i_align.errors import ModelError
 from t2i_align.optional import require
+from t2i_align.plain_json import load_object
 
 PUBLISHERS = {"openai": "quick_gelu", "laion": "gelu", "pickscore": "gelu", "hpsv2": "gelu"}
 TOWERS = ("vision_config", "text_config")
@@ -85,13 +85,18 @@ def beside(file: Path) -> tuple[Any, Path]:
     from transformers import CLIPConfig
 
     path, other = file.with_name("config.json"), file.with_name("open_clip_config.json")
-    if path.is_file():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if "vision_config" in told:
-            return CLIPConfig.from_dict(told), path
-    if other.is_file():
-        told = json.loads(other.read_text(encoding="utf-8"))["model_cfg"]
-        return from_open_clip(told, str(other)), other
+    try:
+        if path.is_file():
+            told = load_object(path.read_bytes(), str(path), ModelError)
+            if "vision_config" in told:
+                return CLIPConfig.from_dict(told), path
+        if other.is_file():
+            told = load_object(other.read_bytes(), str(other), ModelError)["model_cfg"]
+            return from_open_clip(told, str(other)), other
+    except ModelError:
+        raise
+    except Exception as error:  # a config of wrong types fails anywhere inside the library
+        raise ModelError(f"the configuration beside {file} is not CLIP's: {error}") from error
     return None, path
 
 

@@ -18,7 +18,6 @@ CLIP has none.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from t2i_align.errors import ModelError
 from t2i_align.judges.key_map import renamed
 from t2i_align.judges.weights import combined, load_tensors, sha256_of
+from t2i_align.plain_json import load_object
 
 BASES = {
     "dino": "dino_vitbase16_pretrain.pth",
@@ -132,7 +132,8 @@ def _checked(path: Path) -> dict[str, Tensor]:
 
 def _lora(folder: Path) -> dict[str, Tensor]:
     """Changes by block number; a matrix that is stored under two names must be one matrix."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    told = folder / "adapter_config.json"
+    config = load_object(told.read_bytes(), str(told), ModelError)
     path = next(p for a in ADAPTERS if (p := folder / a).is_file())
     sides: dict[tuple[str, str], Tensor] = {}
     for key, value in _checked(path).items():
@@ -145,7 +146,10 @@ def _lora(folder: Path) -> dict[str, Tensor]:
     numbers = {n for n, _ in sides}
     if len(sides) != 2 * len(numbers):
         raise ModelError(f"{path} has matrices without their other half")
-    scale = config["lora_alpha"] / config["r"]
+    try:
+        scale = float(config["lora_alpha"]) / int(config["r"])
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"{told} tells no scale: {error!r}", "bring it again") from error
     return {n: scale * sides[n, "B"] @ sides[n, "A"] for n in numbers}
 
 

@@ -119,8 +119,9 @@ def _section(name: str, document: Document, parts: dict[str, Any]) -> list[Probl
     cls = SECTIONS[name]
     if name == "data":
         kind = value.get("type")
-        if kind not in SOURCES:
+        if not isinstance(kind, str) or kind not in SOURCES:
             known = f"got {show(kind)}; known sources: {', '.join(SOURCES)}"
+            where = document.where((name, "type"))
             return [Problem("data.type", known, where, nearest(str(kind), list(SOURCES)))]
         cls = resolve(SOURCES[kind]).Options
     options, problems = validate(cls, value, (name,), document.where)
@@ -141,7 +142,14 @@ def _together(parts: dict[str, Any], document: Document) -> list[Problem]:
     if judge.type != "timed_clip" and "noise" in parts:
         text = "belongs to judge.type: timed_clip; another judge is not told the level"
         problems.append(Problem("noise", text, document.where(("noise",)), "remove it"))
-    if not judge.folder.is_dir():
-        text = f"no open_clip folder at {judge.folder}"
+    if not _is_folder(judge):
+        text = f"no open_clip folder at {show(judge.path)}"
         problems.append(Problem("judge.path", text, document.where(("judge", "path"))))
     return problems
+
+
+def _is_folder(judge: StartOptions) -> bool:
+    try:
+        return judge.folder.is_dir()
+    except (OSError, RuntimeError):  # too long, not to be looked at, ~name of an unknown user
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i_align.errors import ModelError
 from t2i_align.judges.clip_layout import plain
 from t2i_align.judges.trunks import frozen
 from t2i_align.judges.weights import load_tensors
+from t2i_align.plain_json import load_object
 
 # google/siglip-so400m-patch14-384; a config.json beside the weights overrides it
 SIGLIP_SO400M = {
@@ -58,9 +59,12 @@ def siglip_trunk(
 
     beside, given = file.with_name("config.json"), SIGLIP_SO400M
     if beside.is_file():
-        told = json.loads(beside.read_text(encoding="utf-8"))
+        told = load_object(beside.read_bytes(), str(beside), ModelError)
         given = told.get("vision_config", told)
-    config = SiglipVisionConfig.from_dict(dict(given))
+    try:
+        config = SiglipVisionConfig.from_dict(dict(given))
+    except Exception as error:  # a config of wrong types fails anywhere inside the library
+        raise ModelError(f"{beside} is not SigLIP's configuration: {error}") from error
     tower = "vision_model."
     tensors = {
         k.removeprefix(tower): v

@@ -80,12 +80,15 @@ def check_hash(path: Path, wanted: str) -> None:
     Raises:
         ModelError: missing, or another hash.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     made_from = None
-    if path.suffix == ".safetensors" and path.is_file():
-        with safe_open(path, "pt") as file:
-            made_from = (file.metadata() or {}).get(SOURCE)
+    try:
+        if path.suffix == ".safetensors" and path.is_file():
+            with safe_open(path, "pt") as file:
+                made_from = (file.metadata() or {}).get(SOURCE)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is no safetensors file: {error}", "bring it again") from error
     if wanted not in (made_from, sha256_of(path)):
         raise _other_hash(path, wanted, sha256_of(path))
 

@@ -1,8 +1,8 @@
 r"""Noising processes ``x_t = alpha_t x_0 + sigma_t eps``.
 
     VP          alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), integer t in [0, T)     (DDPM)
-    Rectified   alpha = 1 - sigma, sigma in [0, 1]; the model is told time_scale * sigma
-    (rectified flow)
+    Rectified   alpha = 1 - sigma, sigma in [0, 1]; the model is told time_scale * sigma, or
+                time_scale * s where it was trained on the clock before the warp (rectified flow)
 
 Both map a canonical level in [0, 1) to the model's time. A rectified process may warp levels with a
 static shift k, ``sigma = k s / (1 + (k - 1) s)`` (SD3 paper), the warp its sampler uses.
@@ -10,6 +10,7 @@ static shift k, ``sigma = k s / (1 + (k - 1) s)`` (SD3 paper), the warp its samp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from t2i_align.errors import ModelError
+
+SNR_SHIFT = "snr_shift_scale"  # of CogVideoX's scheduler configs
 
 
 class Process(Protocol):
@@ -71,19 +74,25 @@ class Rectified:
     Args:
         time_scale: what the network is told is ``time_scale * sigma`` (1000 for SD3).
         shift: static warp k of the level; 1 for none.
+        told_level: it is told ``time_scale * s`` instead, the level before the warp (CogView4).
     """
 
     time_scale: float = 1000.0
     shift: float = 1.0
+    told_level: bool = False
+
+    def _warped(self, level: Tensor) -> Tensor:
+        return self.shift * level / (1 + (self.shift - 1) * level)
 
     def time(self, level: Tensor) -> Tensor:
-        """``time_scale * sigma`` as float32."""
-        sigma = self.shift * level / (1 + (self.shift - 1) * level)
-        return (self.time_scale * sigma).float()
+        """``time_scale * sigma`` (or ``time_scale * s``) as float32."""
+        told = level if self.told_level else self._warped(level)
+        return (self.time_scale * told).float()
 
     def level(self, time: Tensor) -> Tensor:
         """Sigma itself."""
-        return time.float() / self.time_scale
+        told = time.float() / self.time_scale
+        return self._warped(told) if self.told_level else told
 
     def coefficients(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """``(1 - sigma, sigma)``."""
@@ -101,12 +110,16 @@ def noised(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return broadcast(alpha, x_0) * x_0 + broadcast(sigma, x_0) * eps
 
 
-def vp_from_scheduler(config: dict[str, object]) -> VP:
-    """The training schedule behind any DDPM-like scheduler config of diffusers.
+def vp_from_scheduler(config: Mapping[str, object]) -> VP:
+    r"""The training schedule behind any DDPM-like scheduler config of diffusers.
 
     Uses diffusers' own DDPMScheduler, so betas, zero-terminal-SNR rescaling and trained betas are
-    its business.
+    its business. CogVideoX's schedulers have another rule, known by ``snr_shift_scale`` k, so there
+    the class itself is asked: every signal-to-noise ratio is divided by k before the rescaling,
+
+        abar' = abar / (k + (1 - k) abar)   <=>   abar' / (1 - abar') = abar / (1 - abar) / k
     """
+    import diffusers
     from diffusers import DDPMScheduler
 
     known = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -116,5 +129,14 @@ def vp_from_scheduler(config: dict[str, object]) -> VP:
             "is not the discrete one of DDPM",
             "models trained with continuous sigmas (EDM) are not supported",
         )
-    scheduler: Any = DDPMScheduler.from_config(known)
+    cls: Any = DDPMScheduler
+    if SNR_SHIFT in known:
+        cls = getattr(diffusers, str(config.get("_class_name", "")), None)
+        if cls is None:
+            raise ModelError(
+                f"the scheduler shifts its signal-to-noise ratios ({SNR_SHIFT}), but this "
+                f"diffusers has no class '{config.get('_class_name', '')}' that would know how",
+                "save the pipeline again with its own scheduler",
+            )
+    scheduler: Any = cls.from_config(known)
     return VP(torch.as_tensor(scheduler.alphas_cumprod).double())

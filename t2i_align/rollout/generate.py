@@ -1,4 +1,4 @@
-"""Pictures for a list of prompts, reproducible and resumable.
+"""Pictures or clips for a list of prompts, reproducible and resumable.
 
 The noise of an image is a function of (seed, prompt, image number): the same prompt gives the same
 picture in any list, at any batch position. Images that exist are kept, so an interrupted call
@@ -12,15 +12,20 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from rich.console import Console
 
+from t2i_align.contract import Media
 from t2i_align.data.media_io import to_image
+from t2i_align.data.video import save_clip
 from t2i_align.errors import DataError, ModelError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_folder import fingerprint
+from t2i_align.optional import require
+from t2i_align.plain_json import loads
 from t2i_align.process.seeds import derive
 from t2i_align.progress import progress
 
@@ -59,14 +64,16 @@ def read_prompts(path: Path) -> list[str]:
         DataError: the file is missing, empty, or a line has no prompt.
     """
     try:
-        lines = [x for x in path.read_text().splitlines() if x.strip()]
+        lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
     except OSError as error:
         raise DataError(f"--prompts: cannot read {path}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise DataError(f"--prompts: {path} is not UTF-8 text: {error}") from error
     if path.suffix == ".jsonl":
         prompts = []
         for number, line in enumerate(lines, 1):
             try:
-                prompts.append(json.loads(line)["prompt"])
+                prompts.append(_text(loads(line)["prompt"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"--prompts: {path}:{number} is no JSON object with a 'prompt'"
@@ -75,6 +82,14 @@ def read_prompts(path: Path) -> list[str]:
     if not lines:
         raise DataError(f"--prompts: {path} holds no prompts")
     return lines
+
+
+def _text(value: Any) -> str:
+    """A prompt; half a character (a lone surrogate) is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"a prompt is text, got {type(value).__name__}")
+    value.encode()
+    return value
 
 
 def load_weights(generator: DiffusersGenerator, lora: str | None, denoiser: str | None) -> None:
@@ -121,12 +136,14 @@ def weights_sha256(generator: DiffusersGenerator, lora: str | None, denoiser: st
     return digest.hexdigest()
 
 
-def jobs(prompts: Sequence[str], settings: Settings, out: Path) -> Iterator[Job]:
-    """``(file, prompt, noise seed)`` of every picture."""
+def jobs(
+    prompts: Sequence[str], settings: Settings, out: Path, suffix: str = ".png"
+) -> Iterator[Job]:
+    """``(file, prompt, noise seed)`` of every picture or clip."""
     for number, prompt in enumerate(prompts):
         for image in range(settings.images_per_prompt):
             seed = derive(settings.seed, prompt, image, "generate")
-            yield out / f"{number:05d}-{image:02d}.png", prompt, seed
+            yield out / f"{number:05d}-{image:02d}{suffix}", prompt, seed
 
 
 def generate(
@@ -136,13 +153,20 @@ def generate(
     out: Path,
     console: Console,
 ) -> int:
-    """Write ``NNNNN-MM.png`` and ``metadata.jsonl``; returns how many pictures were made now.
+    """Write ``NNNNN-MM.png`` (clips: ``.mp4``) and ``metadata.jsonl``.
+
+    Returns:
+        How many were made now.
 
     Raises:
         DataError: ``out`` holds pictures of other prompts or settings.
+        MissingDependencyError: clips, but the ``video`` extra is not installed.
     """
+    clips = generator.layout.media == "video"
+    if clips:
+        require("av", "video", "writing clips")
     out.mkdir(parents=True, exist_ok=True)
-    every = list(jobs(prompts, settings, out))
+    every = list(jobs(prompts, settings, out, ".mp4" if clips else ".png"))
     claim(out, every, generator, settings)
     missing = [job for job in every if not job[0].exists()]
     with progress(console, "generate", len(every), len(every) - len(missing)) as bar:
@@ -158,6 +182,7 @@ def claim(
 ) -> None:
     """Write ``metadata.jsonl``, or check that the one there says the same."""
     options = generator.options
+    video = {"num_frames": options.num_frames, "frame_rate": options.frame_rate}
     rows = [
         {
             "file_name": file.name,
@@ -173,6 +198,7 @@ def claim(
             "resolution": options.resolution,
             "dtype": options.dtype,
             "max_sequence_length": options.max_sequence_length,
+            **(video if generator.layout.media == "video" else {}),
         }
         for file, prompt, seed in every
     ]
@@ -187,8 +213,8 @@ def claim(
 
 
 def make(generator: DiffusersGenerator, part: Sequence[Job], settings: Settings) -> None:
-    """Sample one batch and save each picture under its final name only when it is whole."""
-    images = sample_images(
+    """Sample one batch and save each item under its final name only when it is whole."""
+    media = sample_media(
         generator,
         [prompt for _, prompt, _ in part],
         [seed for _, _, seed in part],
@@ -196,8 +222,18 @@ def make(generator: DiffusersGenerator, part: Sequence[Job], settings: Settings)
         guidance=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
     )
-    for (file, _, _), image in zip(part, images, strict=True):
-        save_png(image, file)
+    for (file, _, _), medium in zip(part, media, strict=True):
+        if medium.kind == "video":
+            save_mp4(medium, file)
+        else:
+            save_png(to_image(medium), file)
+
+
+def save_mp4(medium: Media, file: Path) -> None:
+    """Write a clip that has its name only when it is whole."""
+    temporary = file.with_suffix(".tmp")
+    save_clip(medium.data, temporary, medium.meta["frame_rate"])
+    temporary.rename(file)
 
 
 def save_png(image: Image, file: Path) -> None:
@@ -217,7 +253,30 @@ def sample_images(
     negative_prompt: str | None = None,
     bf16: bool = False,
 ) -> list[Image]:
-    """Pictures of prompts under the policy's weights, in one batch.
+    """Pictures of prompts under the policy's weights, in one batch; see :func:`sample_media`."""
+    media = sample_media(
+        generator,
+        prompts,
+        seeds,
+        num_steps=num_steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        bf16=bf16,
+    )
+    return [to_image(medium) for medium in media]
+
+
+def sample_media(
+    generator: DiffusersGenerator,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance: float,
+    negative_prompt: str | None = None,
+    bf16: bool = False,
+) -> list[Media]:
+    """Pictures or clips of prompts under the policy's weights, in one batch.
 
     Args:
         generator: loaded.
@@ -233,4 +292,4 @@ def sample_images(
             prompts, num_steps=num_steps, guidance=guidance, negative_prompt=negative_prompt
         )
         rolled = generator.rollout(inputs, torch.tensor(seeds), "policy")
-        return [to_image(medium) for medium in generator.decode(rolled.sample)]
+        return generator.decode(rolled.sample)

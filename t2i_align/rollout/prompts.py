@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from t2i_align.contract import SamplingInputs, TensorDict, map_dict
 from t2i_align.data.batch import prompt_number
 from t2i_align.data.rows import local_path, parquet_file
 from t2i_align.errors import DataError
+from t2i_align.plain_json import loads
 from t2i_align.protocols import Generator
 from t2i_align.rollout.generate import read_prompts
 from t2i_align.rollout.options import RolloutOptions
@@ -33,6 +33,7 @@ class Prompts:
         negative: ``(1, ...)`` the unconditional branch, or None without guidance.
         plan: the family's scheduler, or None.
         shape: of a latent.
+        guidance: scale of the two branches, 1 without a second (where the network is told it).
     """
 
     texts: tuple[str, ...]
@@ -40,6 +41,7 @@ class Prompts:
     negative: TensorDict | None
     plan: Any
     shape: tuple[int, ...]
+    guidance: float
 
     def __len__(self) -> int:
         """N."""
@@ -77,7 +79,7 @@ def texts_of(given: str | Sequence[str]) -> list[str]:
         if path.suffix == ".parquet":
             return unique(rows_of_parquet(path), path)
         if path.suffix == ".json":
-            return unique(json.loads(path.read_text(encoding="utf-8")), path)
+            return unique(loads(path.read_text(encoding="utf-8")), path)
         return read_prompts(path)
     except DataError as error:
         said = error.message.removeprefix("--prompts: ")
@@ -101,9 +103,14 @@ def unique(rows: Any, path: Path) -> list[str]:
     """
     found: dict[str, None] = {}
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        texts = [row] if isinstance(row, str) else [row[k] for k in COLUMNS if k in row]
+        held = row if isinstance(row, dict) else {}
+        texts = [row] if isinstance(row, str) else [held[k] for k in COLUMNS if k in held]
         if not texts or not isinstance(texts[0], str):
             raise DataError(f"{path}: row {number} has no {' or '.join(COLUMNS)}")
+        try:
+            texts[0].encode()
+        except UnicodeError as error:
+            raise DataError(f"{path}: the prompt of row {number} is no text: {error}") from error
         found[texts[0]] = None
     if not found:
         raise DataError(f"{path} holds no prompts")
@@ -134,7 +141,8 @@ def encode(generator: Generator, options: RolloutOptions, at_once: int) -> Promp
     negative = parts[0].negative
     if negative is not None:
         negative = {k: stacked([v[:1]]) for k, v in negative.items()}
-    return Prompts(tuple(texts), cond, negative, parts[0].plan, parts[0].shape)
+    first = parts[0]
+    return Prompts(tuple(texts), cond, negative, first.plan, first.shape, first.guidance)
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,9 @@
         manifest.json            format version, size and SHA-256 of every file
 
 A folder is built under a temporary name, synced and renamed, so a checkpoint exists wholly or not
-at all. Loading verifies every hash; a torn or edited checkpoint is passed over, with a line that
-says so.
+at all. One of the same step is set aside as ``old-step-...`` until the new one stands. Loading
+verifies every hash; a torn or edited checkpoint is passed over, with a line that says so. What a
+killed save left is removed once a later save is done.
 """
 
 from __future__ import annotations
@@ -27,14 +28,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_align.errors import StorageError, TrainingError
+from t2i_align.plain_json import load_object, loads
 from t2i_align.train.tree import pack, unpack
 
 VERSION = 1
 NAME = re.compile(r"step-(\d{8})")
+ASIDE = "old-"  # prefix of what is being replaced
+LEFT = re.compile(rf"\.step-\d{{8}}\.\d+\.tmp|{ASIDE}step-\d{{8}}")  # by a save that was killed
+MANIFEST = "manifest.json"
+REQUIRED = {"weights.safetensors", "optimizer.safetensors", "optimizer.json", "trainer.json"}
+FILES = REQUIRED | {"ema.safetensors", "objective.safetensors"}
 
 
 @dataclass
@@ -83,6 +91,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         StorageError: the disk is full or refuses; the temporary folder is removed, nothing else is
             touched.
     """
+    aside = target.with_name(f"{ASIDE}{target.name}")
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,11 +100,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             sync(file)
         if target.exists():
-            shutil.rmtree(target)
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
         temporary.rename(target)
         sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         if is_storage_failure(error):
             raise StorageError(
                 f"could not save {target}: {error}; earlier checkpoints are intact",
@@ -160,8 +173,22 @@ class Checkpoints:
             }
             manifest = {"version": VERSION, "files": files}
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        self._sweep()
         self._retain(target)
         return target
+
+    def _sweep(self) -> None:
+        """Remove what killed saves left; only the run that holds the folder saves into it."""
+        for path in self.folder.iterdir():
+            if LEFT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _candidates(self) -> list[Path]:
+        """Where a run may continue, best first: a kill may leave a step only as set aside."""
+        aside = self.folder.glob(f"{ASIDE}step-*") if self.folder.is_dir() else ()
+        left = [p for p in aside if LEFT.fullmatch(p.name) and p.is_dir()]
+        key = {p: (p.name.removeprefix(ASIDE), p.name[0] == "s") for p in (*self.all(), *left)}
+        return sorted(key, key=key.__getitem__, reverse=True)
 
     def _retain(self, written: Path) -> None:
         """Delete the oldest beyond the limit, never the one just written, which is good."""
@@ -200,10 +227,15 @@ class Checkpoints:
                     "use 'latest' to continue from the newest good one",
                 )
             return read(folder)
-        for folder in reversed(self.all()):
-            problem = verify(folder)
-            if not problem:
-                return read(folder)
+        for folder in self._candidates():
+            try:
+                problem = verify(folder)
+                if not problem:
+                    return read(folder)
+            except TrainingError as error:
+                problem = error.message
+            except OSError as error:  # a file that cannot be read
+                problem = f"{error.filename}: {error.strerror}"
             self.warnings.append(f"checkpoint {folder.name} passed over: {problem}")
         return None
 
@@ -216,36 +248,65 @@ def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint folder, or an empty string."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except FileNotFoundError:
+        manifest = load_object((folder / MANIFEST).read_bytes(), MANIFEST, TrainingError)
+    except OSError:
         return "no manifest.json" if folder.is_dir() else "no such folder"
-    except ValueError:
-        return "manifest.json is not JSON"
+    except TrainingError as error:
+        return error.message
     if manifest.get("version") != VERSION:
         return f"format version {manifest.get('version')}, this program reads {VERSION}"
-    for name, facts in manifest["files"].items():
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or not all(isinstance(f, dict) for f in listed.values()):
+        return "manifest.json lists no files"
+    for name, facts in listed.items():
         file = folder / name
+        if file.parent != folder or file.is_symlink():
+            return f"manifest.json lists {name[:80]!r}, which is no file of the checkpoint"
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+        if file.stat().st_size != facts.get("bytes") or sha256(file) != facts.get("sha256"):
             return f"{name} does not match its hash (torn or edited)"
+    unlisted = sorted(n for n in FILES if n not in listed and (folder / n).exists())
+    if unlisted or not listed.keys() >= REQUIRED:
+        names = unlisted or sorted(REQUIRED - listed.keys())
+        return f"manifest.json does not list {', '.join(names)}"
     return ""
 
 
 def read(folder: Path) -> TrainState:
-    """Read a verified checkpoint."""
+    """Read a verified checkpoint.
+
+    Raises:
+        TrainingError: its files are whole, yet not what this program writes.
+    """
+    try:
+        return _read(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as e:
+        raise TrainingError(
+            f"{folder} is no checkpoint of this program: {e}", "use another checkpoint"
+        ) from e
+
+
+def _read(folder: Path) -> TrainState:
     optional = {}
     for name in ("ema", "objective"):
         file = folder / f"{name}.safetensors"
         optional[name] = load_file(file) if file.exists() else {}
-    meta = json.loads((folder / "trainer.json").read_text())
-    skeleton = json.loads((folder / "optimizer.json").read_text())
+    meta = loads((folder / "trainer.json").read_bytes())
+    skeleton = loads((folder / "optimizer.json").read_bytes())
     return TrainState(
-        step=meta.pop("step"),
-        samples_seen=meta.pop("samples_seen"),
+        step=_count(meta, "step"),
+        samples_seen=_count(meta, "samples_seen"),
         weights=load_file(folder / "weights.safetensors"),
         optimizer=unpack(skeleton, load_file(folder / "optimizer.safetensors")),
         trainer=meta,
         ema=optional["ema"],
         objective=optional["objective"],
     )
+
+
+def _count(meta: dict[str, Any], name: str) -> int:
+    value = meta.pop(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from t2i_align.errors import TrainingError
 from t2i_align.generators.views import Views
+from t2i_align.train import sharding
 from t2i_align.train.checkpoint import TrainState
+from t2i_align.train.compiled import compile_views
 from t2i_align.train.optim import Ema, build_optimizer, build_schedule
 from t2i_align.train.options import TrainOptions
 
@@ -38,9 +40,15 @@ class RankStats:
         return total[0] / total[1]
 
     def gather(self, x: Tensor) -> Tensor:
-        """All ranks' values, detached."""
-        gathered: Any = self.accelerator.gather(x.detach())
-        return gathered
+        """All ranks' values, detached; they may have different numbers of rows, also none."""
+        x = x.detach() if x.ndim else x.detach()[None]
+        if self.accelerator.num_processes == 1:
+            return x
+        counts: Any = self.accelerator.gather(torch.tensor([len(x)], device=x.device))
+        padded = x.new_zeros(int(counts.max()), *x.shape[1:])
+        padded[: len(x)] = x
+        every: Any = self.accelerator.gather(padded[None])
+        return torch.cat([row[:n] for row, n in zip(every, counts.tolist(), strict=True)])
 
 
 class Engine:
@@ -63,15 +71,24 @@ class Engine:
         if options.channels_last:
             for net in {id(n): n for n in (views.module, views.reference) if n}.values():
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.sharded = options.distributed.backend == "fsdp2"
+        if self.sharded:
+            sharding.shard(views, accelerator.device)
         self.trained = {k: p for k, p in views.module.named_parameters() if p.requires_grad}
         parameters = list(self.trained.values())
         optimizer = build_optimizer(options, parameters, records_per_step)
         self.schedule = build_schedule(options, optimizer)
-        views.wrapped, self.optimizer = accelerator.prepare(views.module, optimizer)
+        compile_views(views, options.compile)
+        self.optimizer: Any
+        if self.sharded:
+            views.wrapped, self.optimizer = views.module, accelerator.prepare_optimizer(optimizer)
+        else:
+            views.wrapped, self.optimizer = accelerator.prepare(views.module, optimizer)
         self.ema = Ema(options.ema_decay, self.trained) if options.ema_decay else None
         self.views.ema = self.ema.shadow if self.ema else None
         self.step_count = 0
         self.samples_seen = 0
+        self._gathered: dict[str, Any] | None = None  # what is sharded, made whole for a checkpoint
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The recipe's mixed precision."""
@@ -82,7 +99,9 @@ class Engine:
 
         Forward belongs inside: DistributedDataParallel decides there whether to reduce.
         """
-        if last:
+        if self.sharded:
+            self.views.wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if last or self.sharded:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.views.wrapped)
 
@@ -94,16 +113,16 @@ class Engine:
         """Clip, update, average; returns the gradient norm before clipping.
 
         Raises:
-            FloatingPointError: the norm is not finite; no weight was touched. (Under float16 the
-                loss scaler skips such a step instead.)
+            FloatingPointError: the norm is not finite, with the module where it begins; no weight
+                was touched. (Under float16 the loss scaler skips such a step instead.)
         """
-        limit = self.options.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(
-            self.trained.values(), float("inf") if limit is None else limit
-        )
-        value = float(norm) if norm is not None else 0.0
+        limit, gradients = self.options.max_grad_norm, self._gradients()
+        norm = nn.utils.get_total_norm(gradients.values())
+        value = float(sharding.whole(norm))
         if self.accelerator.scaler is None and not math.isfinite(value):
-            raise FloatingPointError(f"gradient norm {value}")
+            raise FloatingPointError(f"gradient norm {value}{where_not(gradients)}")
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,34 +132,74 @@ class Engine:
             self.ema.update(self.trained, self.step_count)
         return value
 
+    def skip(self, records: int) -> None:
+        """Count a step that is not taken: its records are seen, the schedule moves on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():  # torch warns where the very first step is skipped
+            warnings.simplefilter("ignore", UserWarning)
+            self.schedule.step()
+        self.step_count += 1
+        self.samples_seen += records
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of the step, by parameter, at their true scale."""
+        self.accelerator.unscale_gradients()
+        return {k: p.grad for k, p in self.trained.items() if p.grad is not None}
+
     @property
     def learning_rate(self) -> float:
         """The rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def gather_metrics(self, metrics: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Per-example metrics of all micro-batches and ranks, concatenated."""
+        """Per-example metrics of all micro-batches and ranks, concatenated.
+
+        A rank may lack a metric: one without losers says nothing of them.
+        """
         local = {k: torch.cat([v.flatten() for v in vs]).cpu() for k, vs in metrics.items()}
         if self.accelerator.num_processes == 1:
             return local
         parts = gather_object([{k: v.tolist() for k, v in local.items()}])
-        return {k: torch.tensor([x for part in parts for x in part[k]]) for k in local}
+        names = dict.fromkeys(k for part in parts for k in part)
+        return {k: torch.tensor([x for part in parts for x in part.get(k, ())]) for k in names}
 
     def weights_finite(self) -> bool:
-        """Whether every trained weight is a number."""
-        return all(bool(p.isfinite().all()) for p in self.trained.values())
+        """Whether every trained weight is a number.
+
+        All processes ask before the first one saves, so what is sharded is gathered here for
+        :meth:`state`; after the last step for good, for the export.
+        """
+        good = all(finite(p) for p in self.trained.values())
+        if self.sharded and good:
+            self._gather()
+        return good
+
+    def _gather(self) -> None:
+        averages = self.ema.shadow if self.ema else {}
+        kept = {
+            "weights": {k: whole_cpu(v) for k, v in self.trained.items()},
+            "optimizer": sharding.whole_tree(self.optimizer.state_dict()),
+            "ema": {k: whole_cpu(v) for k, v in averages.items()},
+        }
+        self._gathered = kept if self.accelerator.is_main_process else None
+        if self.step_count >= self.options.max_train_steps:
+            sharding.settle(self.views)
 
     def state(self, objective: dict[str, Tensor], extra: dict[str, Any]) -> TrainState:
         """Everything a checkpoint holds."""
         scaler = self.accelerator.scaler
+        parts = self._gathered or {
+            "weights": dict(self.trained),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.shadow if self.ema else {},
+        }
+        self._gathered = None
         return TrainState(
             step=self.step_count,
             samples_seen=self.samples_seen,
-            weights=dict(self.trained),
-            optimizer=self.optimizer.state_dict(),
             trainer=extra | {"scaler": scaler.state_dict() if scaler else None},
-            ema=self.ema.shadow if self.ema else {},
             objective=objective,
+            **parts,
         )
 
     def restore(self, state: TrainState) -> None:
@@ -166,11 +225,13 @@ class Engine:
             )
         with torch.no_grad():
             for k, p in self.trained.items():
-                p.copy_(state.weights[k])
+                p.copy_(sharding.like(state.weights[k], p))
             if self.ema is not None:
                 for k, v in self.ema.shadow.items():
-                    v.copy_(state.ema[k])
-        self.optimizer.load_state_dict(state.optimizer)
+                    v.copy_(sharding.like(state.ema[k], v))
+        own = list(self.trained.values())
+        kept = sharding.split_state(state.optimizer, own) if self.sharded else state.optimizer
+        self.optimizer.load_state_dict(kept)
         if self.accelerator.scaler and state.trainer.get("scaler"):
             self.accelerator.scaler.load_state_dict(state.trainer["scaler"])
         self.step_count, self.samples_seen = state.step, state.samples_seen
@@ -179,6 +240,27 @@ class Engine:
             with warnings.catch_warnings():  # torch warns that no optimizer step came before
                 warnings.simplefilter("ignore", UserWarning)
                 self.schedule.step()
+        if self.sharded and state.step >= self.options.max_train_steps:
+            sharding.settle(self.views)  # nothing is left but the export
+
+
+def where_not(gradients: dict[str, Tensor]) -> str:
+    """The module whose gradient is not finite, of several the last one of the forward."""
+    odd = [k for k, x in gradients.items() if not finite(x)]
+    if not odd:
+        return ""
+    module = odd[-1].rpartition(".")[0] or odd[-1]
+    return f", in {module} and {len(odd) - 1} other parameters" if odd[1:] else f", in {module}"
+
+
+def finite(x: Tensor) -> bool:
+    """Whether all of a tensor is numbers, its shards on other processes included."""
+    return bool(sharding.whole(x.isfinite().all()))
+
+
+def whole_cpu(x: Tensor) -> Tensor:
+    """All of a tensor, in main memory."""
+    return sharding.whole(x).cpu()
 
 
 def trainable_count(module: nn.Module) -> int:

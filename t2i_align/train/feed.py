@@ -25,6 +25,7 @@ class Drawn:
         record_ids: to name in errors.
         guidance: classifier-free guidance inside the score, 1 = off.
         negative: the unconditional branch's conditioning when guidance is on.
+        keys: what a reference cache knows the items by; None where events come but once.
     """
 
     event: Event
@@ -32,6 +33,7 @@ class Drawn:
     record_ids: tuple[str, ...]
     guidance: float = 1.0
     negative: TensorDict | None = field(default=None)
+    keys: list[tuple[int, int]] | None = None
 
 
 class Feed(Protocol):

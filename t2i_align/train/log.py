@@ -105,7 +105,9 @@ class RunLog:
                     kept.append(line)
             except ValueError:
                 break
-        path.write_text("".join(f"{k}\n" for k in kept))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{k}\n" for k in kept))
+        temporary.rename(path)  # at once: a kill must not lose what was kept
 
     @contextmanager
     def progress(self) -> Iterator[None]:

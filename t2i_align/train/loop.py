@@ -24,11 +24,14 @@ from t2i_align.errors import InterruptedRun, TrainingError
 from t2i_align.protocols import Generator, Objective
 from t2i_align.recipe import Recipe
 from t2i_align.registry import resolve
+from t2i_align.train.accounting import account_of, line
 from t2i_align.train.alarms import Facts
 from t2i_align.train.checkpoint import Checkpoints
 from t2i_align.train.engine import Engine, RankStats, trainable_count
 from t2i_align.train.feed import Drawn, Feed
 from t2i_align.train.log import RunLog, peak_memory, reduce_metrics, write_json
+from t2i_align.train.nonfinite import NonFinite, bad_records, culprit, loss_error
+from t2i_align.train.reference import kept_reference
 from t2i_align.train.setup import Setup
 from t2i_align.train.start import start_from
 from t2i_align.train.stop import StopRequest
@@ -68,6 +71,7 @@ class Run:
         self.accelerator, self.main = self.setup.accelerator, self.setup.main
         self.objective: Objective = recipe.chosen("objective")(recipe.objective)
         self.generator: Generator = recipe.chosen("model")(recipe.model, self.accelerator.device)
+        self.setup.recheck()
         with self.phases("prepare"):
             feed = resolve(FEEDS[self.objective.needs.feed])
             self.feed: Feed = feed(self.setup, self.generator, self.objective)
@@ -91,8 +95,10 @@ class Run:
         self.start = None if start is None else start_from(views, start)
         if recipe.reference.moves:
             views.let_reference_follow()
+        self.kept = kept_reference(self.setup, self.generator, self.feed, self.objective.needs)
         records = self.setup.records_per_step
         self.engine = Engine(train, views, self.accelerator, records)
+        self.account = account_of(recipe, self.setup, self.objective.needs, views)
         self.watch = Watch(Facts.of(recipe, self.objective.needs, records))
         self.feed.ready(self.engine)
         self.state = {
@@ -100,6 +106,7 @@ class Run:
         }
         self.stats = RankStats(self.accelerator)
         self.last_records: list[str] = []
+        self.skipped = self.left = 0  # steps so far; micro-batches of this step yet to be drawn
         self.checkpoints = Checkpoints(self.folder / "checkpoints", train.checkpoints_total_limit)
         self._resume()
         self.log = RunLog(
@@ -144,6 +151,7 @@ class Run:
         self.generator.views.restore_reference(reference)
         self.state = {k: v.to(device) for k, v in own.items()}
         self.watch.restore(found.trainer.get("watch"))
+        self.skipped = found.trainer.get("skipped", 0)
         self.feed.start(found.samples_seen, fed)
         self.say(f"continuing at step {found.step} ({found.samples_seen} records seen)")
 
@@ -158,18 +166,19 @@ class Run:
         """Train to the end; returns the summary.
 
         Raises:
-            TrainingError: a non-finite loss.
+            TrainingError: a loss or gradient is no number, more often than the recipe allows.
             StorageError: a checkpoint could not be saved.
             InterruptedRun: stopped on request, after a checkpoint.
         """
         train = self.recipe.train
         self.accelerator.init_trackers("tensorboard")
         stop = StopRequest()
-        with self.log.progress(), stop.listening(), contextlib.closing(self.feed):
+        keeping = contextlib.nullcontext() if self.kept is None else self.kept
+        with keeping, self.log.progress(), stop.listening(), contextlib.closing(self.feed):
             if self.engine.step_count == 0:
                 self._sample()
             while self.engine.step_count < train.max_train_steps:
-                values = self._step()
+                values = self._step_or_skip()
                 step = self.engine.step_count
                 self._look(self.watch.step(step, values))
                 self._refresh(step)
@@ -178,6 +187,10 @@ class Run:
                     self.accelerator.log(values, step=step)
                 done = step == train.max_train_steps
                 stopping = self.setup.anyone(bool(stop))
+                if self.recipe.validation and (
+                    done or step % self.recipe.validation.validation_steps == 0
+                ):
+                    self._sample()  # before the save: a run killed here draws them again
                 if done or stopping or step % train.checkpointing_steps == 0:
                     self._save()
                 if stopping and not done:
@@ -186,36 +199,64 @@ class Run:
                         "written",
                         "continue with train.resume_from_checkpoint=latest",
                     )
-                if self.recipe.validation and (
-                    done or step % self.recipe.validation.validation_steps == 0
-                ):
-                    self._sample()
         return self._finish()
+
+    def _step_or_skip(self) -> dict[str, float]:
+        """One step, or none where the recipe allows that; returns what is logged.
+
+        Raises:
+            TrainingError: a loss or gradient is no number, more often than that.
+        """
+        before, rate = self.state, self.engine.learning_rate
+        try:
+            return self._step()
+        except NonFinite as error:
+            told, allowed = (
+                error.told(self.engine.step_count + 1),
+                self.recipe.train.max_skipped_steps,
+            )
+            if self.skipped >= allowed:
+                spent = f"; all {allowed} skips were used before" if allowed else ""
+                raise self._broken(told + spent) from error
+        self.skipped += 1
+        self.say(f"skipped ({self.skipped} of {allowed}): {told}")
+        for _ in range(self.left):
+            self.feed.next()
+        self.state = before
+        self.engine.skip(self.setup.records_per_step)
+        seen = float(self.engine.samples_seen)
+        return {"skipped_steps": float(self.skipped), "lr": rate, "samples_seen": seen}
 
     def _step(self) -> dict[str, float]:
         """One optimizer step; returns what is logged."""
         num = self.recipe.train.gradient_accumulation_steps
         metrics: dict[str, list[Tensor]] = defaultdict(list)
         rate = self.engine.learning_rate
-        with self.phases("train"):
+        phase = self.account.phase
+        with self.phases("train"), self.account.step():
             self.last_records = records = []
             for k in range(num):
-                drawn = self.feed.next()
+                with phase("data"):
+                    drawn = self.feed.next()
+                self.left = num - 1 - k
                 records += drawn.record_ids
                 with self.engine.micro(last=k == num - 1):
                     scored = self._score(drawn)
-                    out = self.objective(scored, self.state, self.stats)
-                    self._guard(out.loss, out.per_example, drawn)
-                    seen = out.metrics | measure(scored, out.loss)
-                    self.engine.backward(out.loss / num)
+                    with phase("forward"):
+                        out = self.objective(scored, self.state, self.stats)
+                        self._guard(out.loss, out.per_example, drawn)
+                        seen = out.metrics | measure(scored, out.loss)
+                    with phase("backward"):
+                        self.engine.backward(out.loss / num)
                 self.state = out.state
                 metrics["loss"].append(out.loss.detach()[None])
                 for name, value in seen.items():
                     metrics[name].append(value)
             try:
-                norm = self.engine.step(self.setup.records_per_step)
+                with phase("optimizer"):
+                    norm = self.engine.step(self.setup.records_per_step)
             except FloatingPointError as error:
-                raise self._broken(f"non-finite gradient ({error})", records) from error
+                raise NonFinite(f"non-finite gradient ({error})", "", records) from error
         values = reduce_metrics(self.engine.gather_metrics(metrics))
         return values | {
             "lr": rate,
@@ -227,12 +268,22 @@ class Run:
         """Let every view score the event; the policy last, with gradients."""
         needs = self.objective.needs
         scores: dict[str, Score] = {}
-        for view in sorted(needs.views, key=lambda v: v == "policy"):
-            # an autocast block of its own: its cache of cast weights must not outlive a view
-            with self.engine.autocast(), torch.set_grad_enabled(view == "policy"):
-                scores[view] = self.generator.score(
-                    drawn.event, view, needs.want, drawn.guidance, drawn.negative
-                )
+        with self.account.clock("data"):
+            known = None if self.kept is None else self.kept.read(drawn)
+        self.account.asked(live=known is None)
+        asked = needs.views if known is None else needs.views - {"reference"}
+        with self.generator.views.sharing() if len(asked) > 1 else contextlib.nullcontext():
+            for view in sorted(asked, key=lambda v: v == "policy"):
+                phase = self.account.phase("forward" if view == "policy" else "reference")
+                # an autocast block of its own: its cache of cast weights must not outlive a view
+                with phase, self.engine.autocast(), torch.set_grad_enabled(view == "policy"):
+                    scores[view] = self.generator.score(
+                        drawn.event, view, needs.want, drawn.guidance, drawn.negative
+                    )
+        if known is not None:
+            scores["reference"] = known
+        elif self.kept is not None:
+            scores["reference"] = self.kept.settle(drawn, scores["reference"])
         return replace(drawn.batch, scores=scores)
 
     def _look(self, told: list[Told]) -> None:
@@ -259,19 +310,24 @@ class Run:
             self.watch.refreshed()
 
     def _guard(self, loss: Tensor, per_example: Tensor, drawn: Drawn) -> None:
-        """Stop on NaN or infinity, naming the step and the records."""
+        """Give a step up on NaN or infinity, naming module, noise levels and records."""
         if not self.setup.anyone(not bool(loss.isfinite())):
             return
-        bad = (~per_example.detach().isfinite()).nonzero().flatten().tolist()
-        names = [drawn.record_ids[i] for i in bad if i < len(drawn.record_ids)]
-        raise self._broken("non-finite loss", names)
+        want = self.objective.needs.want
 
-    def _broken(self, what: str, records: list[str], *, taken: bool = False) -> TrainingError:
+        def again() -> None:
+            with self.engine.autocast():
+                self.generator.score(drawn.event, "policy", want, drawn.guidance, drawn.negative)
+
+        raise loss_error(
+            bad_records(per_example, drawn.batch, drawn.record_ids),
+            culprit(self.generator.module, again),
+        )
+
+    def _broken(self, told: str) -> TrainingError:
         """The error of a step that cannot be taken, or that broke the weights."""
-        named = ", ".join(records[:8]) or "on another process"
-        step = self.engine.step_count + (0 if taken else 1)
         return TrainingError(
-            f"{what} at step {step}; records: {named}; checkpoints are intact",
+            f"{told}; checkpoints are intact",
             "lower train.learning_rate or objective.beta, use mixed_precision bf16 instead of "
             "fp16, or drop those records; then continue with "
             "train.resume_from_checkpoint=latest",
@@ -280,7 +336,10 @@ class Run:
     def _save(self) -> None:
         with self.phases("checkpoint"):
             if not self.engine.weights_finite():
-                raise self._broken("non-finite weights", self.last_records, taken=True)
+                error = NonFinite("non-finite weights", "", self.last_records)
+                raise self._broken(error.told(self.engine.step_count))
+            if self.kept is not None:
+                self.kept.flush()  # before, so that a resumed run reads the bits it has seen
             if self.main:
                 kept = self.state | {FEED + k: v for k, v in self.feed.state().items()}
                 if self.recipe.reference.moves:
@@ -290,6 +349,7 @@ class Run:
                     "data": self.feed.identity(),
                     "start": self.start,
                     "watch": self.watch.state(),
+                    "skipped": self.skipped,
                 }
                 self.checkpoints.save(self.engine.state(kept, extra))
             self.accelerator.wait_for_everyone()
@@ -319,8 +379,10 @@ class Run:
             "samples_seen": self.engine.samples_seen,
             "trainable_parameters": trainable_count(self.generator.module),
             **self.feed.summary(),
+            **({} if self.kept is None else {"reference_cache": self.kept.summary()}),
             "seconds": seconds,
             "records_per_second": round(pairs / max(seconds.get("train", 0.0), 1e-9), 4),
+            "accounting": self.account.summary(seconds),
             "last": self.log.last,
             "doctor": self.watch.told,
             **peak_memory(self.accelerator.device),
@@ -330,6 +392,7 @@ class Run:
             with self.generator.use(view), torch.no_grad():
                 summary["exported"] = self.generator.export(str(self.folder))
             write_json(self.folder / "summary.json", summary)
+            self.say(line(summary["accounting"]))
             self.say(
                 f"done: {summary['steps']} steps, wrote {', '.join(summary['exported'])} to "
                 f"{self.folder}"

@@ -121,7 +121,7 @@ class TrajectoryFeed:
             sampled_score,
             engine,
             self.generator,
-            o.guidance_scale,
+            self.prompts.guidance,
             partial(self.prompts.without, device=self.device),
         )
         dtype = DTYPES[o.dtype]
@@ -172,7 +172,7 @@ class TrajectoryFeed:
             event,
             pairs.batch(numbers, event.lam, self.device),
             tuple(f"prompt {p} visit {v} step {s}" for p, v, s in where),
-            guidance=o.guidance_scale,
+            guidance=self.prompts.guidance,
             negative=self.prompts.without(event.batch, self.device),
         )
 

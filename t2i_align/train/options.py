@@ -36,6 +36,12 @@ class DrawOptions(Options):
         default="auto",
         description="what winner and loser share; auto: the objective's own (dpo: time+noise)",
     )
+    num_distinct: int | None = Field(
+        default=None,
+        ge=1,
+        description="draws of a record that passes go round in: pass e has draw e mod this, so "
+        "later passes find the reference's errors in the cache; null: another draw every pass",
+    )
 
 
 class CacheOptions(Options):
@@ -48,6 +54,29 @@ class CacheOptions(Options):
     )
     encode_batch_size: int = Field(
         default=8, ge=1, description="media (and prompts) encoded at once while building"
+    )
+    reference: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="keep what the reference says of each item and draw; auto: where this run "
+        "meets a draw again (draw.num_distinct), or finds them from before; always: also for "
+        "the next run of a sweep",
+    )
+
+
+class DistributedOptions(Options):
+    """How several processes share a run; ``train --num-processes N`` starts them."""
+
+    backend: Literal["ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="ddp: every process holds the whole network; fsdp2: parameters, gradients and "
+        "optimizer state are split over the processes",
+    )
+    timeout_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        le=60 * 24 * 365,
+        description="how long a process waits for the others before it gives up; null: a week, for "
+        "they also wait while the first one fills the cache",
     )
 
 
@@ -91,8 +120,22 @@ class TrainOptions(Options):
         default=False,
         description="memory format of convolutional backbones; faster on most hardware",
     )
+    compile: Literal["none", "regional", "full"] = Field(
+        default="none",
+        description="torch.compile: regional compiles the repeated block once, full the whole "
+        "network, which takes minutes to start",
+    )
     ema_decay: float | None = Field(
-        default=None, gt=0, lt=1, description="keep an average of the trained weights"
+        default=None,
+        gt=0,
+        lt=1,
+        description="keep an average of the trained weights; samples and exports are drawn from it",
+    )
+    max_skipped_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps of a run that may be skipped because a loss or gradient is no number; "
+        "each is logged, and one more stops the run",
     )
     checkpointing_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
     checkpoints_total_limit: int | None = Field(
@@ -107,6 +150,9 @@ class TrainOptions(Options):
         default="tensorboard", description="metrics.jsonl is always written"
     )
     logging_steps: int = Field(default=1, ge=1, description="steps between log lines")
+    distributed: DistributedOptions = Field(
+        default_factory=lambda: DistributedOptions(), description="several processes"
+    )
 
 
 class ValidationOptions(Options):

@@ -8,6 +8,7 @@ from typing import Any
 
 from t2i_align.errors import OutputError
 from t2i_align.folder_lock import is_foreign, unwritable
+from t2i_align.plain_json import load_object
 
 RUN_FILE = "run.json"
 VERSION = 1
@@ -44,7 +45,7 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
                 "continue it with train.resume_from_checkpoint=latest, or choose another "
                 "output_dir",
             )
-        compare(folder, json.loads(marker.read_text())["recipe"], recipe)
+        compare(folder, recipe_in(marker), recipe)
     elif folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir: {folder} is a file", "choose another output_dir")
     elif is_foreign(folder, RUN_FILE):
@@ -60,6 +61,21 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
         temporary.rename(marker)
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def recipe_in(marker: Path) -> dict[str, Any]:
+    """The resolved recipe a run has noted.
+
+    Raises:
+        OutputError: the file is not as a run writes it.
+    """
+    try:
+        found = load_object(marker.read_bytes(), str(marker), OutputError).get("recipe")
+    except OSError as error:
+        raise OutputError(f"cannot read {marker}: {error.strerror}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("train", {}), dict):
+        raise OutputError(f"{marker} holds no recipe", "choose another output_dir")
+    return found
 
 
 def started(folder: Path) -> bool:

@@ -1,30 +1,37 @@
-"""What a recipe will do and cost, found without weights, data or an accelerator.
+"""What a recipe will do and cost, found without weights or an accelerator.
 
-The network is built on the meta device and one step is traced there: activation memory is the sum
-of what autograd saves, FLOPs are counted by torch's FlopCounterMode. Estimates leave out allocator
-slack and kernels' workspaces.
+The network is built on the meta device and one step is run there (:mod:`t2i_align.train.trace`);
+memory is put together in :mod:`t2i_align.train.memory`, FLOPs in :mod:`t2i_align.train.cost`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from t2i_align.contract import DrawSpec, Event, Seeds
-from t2i_align.generators.adapters import AdaptOptions
+from t2i_align.contract import DrawSpec
+from t2i_align.data.records import as_layout
+from t2i_align.errors import DataError
+from t2i_align.generators.diffusers_family import DiffusersGenerator
+from t2i_align.generators.diffusers_folder import DTYPES
 from t2i_align.protocols import Generator
 from t2i_align.recipe import Recipe
-from t2i_align.train.options import TrainOptions
+from t2i_align.train.cost import Calls, calls, compares, states_seen
+from t2i_align.train.memory import HALVES, memory
+from t2i_align.train.trace import Device, Look, Traced, example_event, trace, trace_forward
 
 GB = 1e9
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}  # per trained scalar
+NUM_READ = 32  # rows that are looked at
+ITEMS = {"pairs": 2.0, "groups": 2.0}  # of a record, where none can be looked at; else 1
+KINDS = {
+    "policy": "policy, forward and backward",
+    "reference": "reference",
+    "inversion": "inversion",
+    "rollout": "sampling, if the judge keeps every comparison",
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,13 @@ class Plan:
         network: class of the trained network.
         parameters: all scalars of it.
         trainable_parameters: those that are trained.
-        items_per_forward: samples in one forward (2 for a pair).
+        items_per_forward: samples in one forward (2 for a pair); of lists as many as the longest
+            that was looked at.
         records_per_step: records of one optimizer step on one process.
-        memory: bytes by kind, and their sum.
-        flops_per_record: of one training step, reference included, VAE and text excluded (cached).
+        memory: bytes by kind, and the most alive at once (``peak``, less than their sum).
+        flops: of one record by what they are for.
+        flops_per_record: their sum; text and media are cached, decoder and judge are left out.
+        judged_per_record: samples that are decoded and judged.
         num_records: records in the data, None when it cannot be counted without reading.
         passes: passes over the data, None likewise.
         cache_bytes: latents and text on disk, an upper bound (no two prompts alike), None likewise.
@@ -51,7 +61,9 @@ class Plan:
     records_per_step: int
     max_train_steps: int
     memory: dict[str, int]
+    flops: dict[str, int]
     flops_per_record: int
+    judged_per_record: float
     num_records: int | None
     passes: float | None
     cache_bytes: int | None
@@ -63,170 +75,76 @@ class Plan:
     def rows(self) -> list[tuple[str, str]]:
         """Label and value for a table."""
         share = 100 * self.trainable_parameters / max(self.parameters, 1)
-        rows = [
+        seen = f"{self.records_per_step} records, {self.items_per_forward} samples a forward"
+        return [
             ("network", f"{self.network}, {self.parameters:,} parameters"),
             ("trained", f"{self.trainable_parameters:,} parameters ({share:.2f} %)"),
-            (
-                "one step",
-                f"{self.records_per_step} records, {self.items_per_forward} samples a forward",
-            ),
-            ("compute", f"{self.flops_per_record / 1e12:.3g} TFLOP a record"),
+            ("one step", seen),
+            *self._compute(),
+            *((f"memory: {k}", f"{v / GB:.2f} GB") for k, v in self.memory.items()),
+            *self._data(),
+            ("steps", f"{self.max_train_steps:,}"),
         ]
-        rows += [(f"memory: {k}", f"{v / GB:.2f} GB") for k, v in self.memory.items()]
-        if self.num_records is None:
-            rows.append(("data", "not counted (hub data or unreadable without a pass)"))
-        else:
-            rows.append(("data", f"{self.num_records:,} records, {self.passes:.2f} passes"))
-            rows.append(("cache on disk", f"at most {(self.cache_bytes or 0) / GB:.2f} GB"))
-        rows.append(("steps", f"{self.max_train_steps:,}"))
+
+    def _compute(self) -> list[tuple[str, str]]:
+        rows = [("compute", f"{self.flops_per_record / 1e12:.3g} TFLOP a record")]
+        parts = {k: v for k, v in self.flops.items() if v}
+        for k, v in parts.items() if len(parts) > 1 else ():
+            rows.append((f"compute: {k}", f"{v / 1e12:.3g} TFLOP ({KINDS[k]})"))
+        if self.judged_per_record:
+            rows.append(("judged", f"{self.judged_per_record:.3g} decoded samples a record"))
         return rows
 
+    def _data(self) -> list[tuple[str, str]]:
+        if self.num_records is None:
+            return [("data", "not counted (hub data or unreadable without a pass)")]
+        return [
+            ("data", f"{self.num_records:,} records, {self.passes:.2f} passes"),
+            ("cache on disk", f"at most {(self.cache_bytes or 0) / GB:.2f} GB"),
+        ]
 
-class FlashAttention(torch.autograd.Function):
-    """Attention as fused kernels account for it.
 
-    Saves q, k, v and the output, not the N x N matrix.
+@dataclass(frozen=True)
+class Rows:
+    """What the first rows of the data give the objective.
+
+    Args:
+        count: rows, None when they cannot be counted.
+        records: records a row, in the mean.
+        media: media a row.
+        items: items a record.
+        longest: items of the longest record.
     """
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Two matrix products, shapes ``(..., N, d)``."""
-        out = (q @ k.transpose(-2, -1)) @ v
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Four, as in the plain formula (recomputation is not counted)."""
-        q, k, v, _ = ctx.saved_tensors
-        weights = q.new_empty(*q.shape[:-1], k.shape[-2])
-        d_weights = grads[0] @ v.transpose(-2, -1)
-        return d_weights @ k, d_weights.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grads[0]
+    count: int | None
+    records: float
+    media: float
+    items: float
+    longest: int
 
 
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Let ``scaled_dot_product_attention`` be :class:`FlashAttention` on the meta device."""
-    functional: Any = torch.nn.functional
-    original = functional.scaled_dot_product_attention
-
-    def replacement(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        groups = query.shape[-3] // key.shape[-3]
-        if groups > 1:
-            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
-        result: Any = FlashAttention.apply(query, key, value)
-        return result
-
-    functional.scaled_dot_product_attention = replacement
+def rows_of(recipe: Recipe) -> Rows:
+    """Look at the first rows, where they can be counted and are not labelled by judges first."""
+    source, layout = recipe.chosen("data")(recipe.data), recipe.needs.layout
+    count, usual = source.count(), ITEMS.get(layout, 1.0)
+    if count is None:
+        return Rows(None, 1.0, usual, usual, int(usual))
     try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original
-
-
-class Saved:
-    """Bytes that autograd saves inside a block, each storage once, parameters excluded."""
-
-    def __init__(self, parameters: set[int]) -> None:
-        """Nothing saved yet."""
-        self.seen: dict[int, Tensor] = {}
-        self.parameters = parameters
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Remember a saved tensor's storage."""
-        key = x.untyped_storage()._cdata
-        if key not in self.parameters:
-            self.seen[key] = x
-        return x
-
-    def total(self) -> int:
-        """Bytes."""
-        return sum(x.untyped_storage().nbytes() for x in self.seen.values())
-
-    def hooks(self) -> saved_tensors_hooks:
-        """The context manager that counts."""
-        return saved_tensors_hooks(self.pack, lambda x: x)
-
-
-def example_event(generator: Generator, batch: int, spec: DrawSpec) -> Event:
-    """An event of the right shapes on the meta device."""
-    seeds = torch.zeros(batch, dtype=torch.int64)
-    return generator.draw(generator.example(batch), spec, Seeds(seeds, seeds)).to("meta")
-
-
-def trace(generator: Generator, event: Event, *, reference: bool) -> tuple[int, int]:
-    """``(activation bytes, FLOPs)`` of one forward and backward, traced on the meta device.
-
-    With gradient checkpointing, activations are what blocks keep (their inputs) plus the largest
-    block's own.
-    """
-    module: Any = generator.module
-    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-    kept, blocks = Saved(parameters), []
-    recompute = [0]
-    counter = FlopCounterMode(display=False)
-
-    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-        inner = Saved(parameters)
-        for x in args:
-            if isinstance(x, Tensor):
-                kept.pack(x)
-        before = counter.get_total_flops()
-        with inner.hooks():
-            out = function(*args)
-        recompute[0] += counter.get_total_flops() - before
-        blocks.append(inner.total())
-        return out
-
-    if getattr(module, "is_gradient_checkpointing", False):
-        module.enable_gradient_checkpointing(checkpointed)
-    with counter, fused_attention():
-        with kept.hooks():
-            score = generator.score(event, "policy")
-        score.logp.sum().backward()
-        if reference:
-            with torch.no_grad():
-                generator.score(event, "reference")
-    return kept.total() + max(blocks, default=0), counter.get_total_flops() + recompute[0]
-
-
-def optimizer_bytes(train: TrainOptions, module: torch.nn.Module) -> int:
-    """State of the optimizer: two float32 moments, two bytes (8-bit), or factored (Adafactor)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if train.optimizer == "adafactor":
-        return sum(4 * (sum(p.shape[-2:]) if p.dim() > 1 else p.numel()) for p in trained)
-    return int(sum(p.numel() for p in trained) * OPTIMIZER_BYTES[train.optimizer])
-
-
-def memory(
-    recipe: Recipe, module: torch.nn.Module, reference: bool, activations: int
-) -> dict[str, int]:
-    """Bytes on one device while training."""
-    model: AdaptOptions = recipe.model
-    width = 4 if model.dtype == "float32" else 2
-    weights = sum(
-        p.numel() * (4 if "lora_" in name else width) for name, p in module.named_parameters()
+        first = list(itertools.islice(source, NUM_READ))
+        made = [as_layout(record, layout, recipe.data.pairing) for record in first]
+    except DataError:  # told by training itself, where it also says what to do
+        first, made = [], []
+    lengths = [len(record.items) for records in made for record in records]
+    if recipe.data.label_by is not None or not lengths:
+        return Rows(count, 1.0, usual, usual, int(usual))
+    media = sum(len({item for r in records for item in map(id, r.items)}) for records in made)
+    return Rows(
+        count,
+        records=len(lengths) / len(first),
+        media=media / len(first),
+        items=sum(lengths) / len(lengths),
+        longest=max(lengths),
     )
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    copied = reference and (model.lora is None or recipe.reference.mode == "frozen_copy")
-    parts = {
-        "weights": weights,
-        "reference copy": weights if copied else 0,
-        "gradients": 4 * trained,
-        "optimizer": optimizer_bytes(recipe.train, module),
-        "average (EMA)": 4 * trained if recipe.train.ema_decay else 0,
-        "activations": activations,
-    }
-    return parts | {"total": sum(parts.values())}
 
 
 def cached_bytes(generator: Generator, cache_dtype: str) -> tuple[int, int]:
@@ -238,42 +156,93 @@ def cached_bytes(generator: Generator, cache_dtype: str) -> tuple[int, int]:
     return media, sum(size(x) for x in sample.cond.values())
 
 
-def plan(recipe: Recipe) -> Plan:
+def built(recipe: Recipe) -> Generator:
+    """The recipe's generator with its network on the meta device."""
+    generator: Generator = recipe.chosen("model")(recipe.model, "meta")
+    generator.load_module(
+        recipe.seed,
+        reference="reference" in recipe.needs.views,
+        reference_mode=recipe.reference.mode,
+    )
+    if recipe.reference.moves:
+        generator.views.let_reference_follow()
+    if recipe.train.channels_last:
+        for net in {generator.module, generator.views.reference or generator.module}:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return generator
+
+
+def looked(recipe: Recipe, generator: Generator, device: Device) -> Look:
+    """How the recipe's step runs; a network that is told its guidance has one branch."""
+    guided = recipe.rollout if recipe.needs.feed == "trajectory" else None
+    if isinstance(generator, DiffusersGenerator) and generator.layout.branches == "embedded":
+        guided = None
+    return Look(
+        half=HALVES[recipe.train.mixed_precision],
+        device=device,
+        guidance=1.0 if guided is None else guided.guidance_scale,
+        detach=guided is not None and guided.detach_negative,
+        accumulated=recipe.train.gradient_accumulation_steps > 1,
+    )
+
+
+def rollout_peak(recipe: Recipe, generator: Generator, look: Look) -> int:
+    """Most bytes alive while the policy is sampled for training."""
+    options, feed = recipe.rollout, recipe.needs.feed
+    if options is None or feed == "stored":
+        return 0
+    size = recipe.train.train_batch_size
+    if feed == "trajectory":
+        candidates = options.num_candidates if compares(recipe) == "steps" else 1
+        size = options.batch_size * candidates
+    return trace_forward(generator, example_event(generator, size, DrawSpec()), "policy", look)
+
+
+def flops_of(recipe: Recipe, found: Calls, step: Traced, look: Look, items: int) -> dict[str, int]:
+    """FLOPs of one record, from those of a traced step of ``items``."""
+    branches = 1 if look.guidance == 1 else 2
+    each = items * recipe.draw.num_draws * branches
+    forward, own = step.forward / each, step.step / each
+    if look.detach and branches == 2:  # half of the branches went forward only
+        own = 2 * own - forward
+    return found.flops(own, forward, step.reference / each, step.alone / each)
+
+
+def plan(recipe: Recipe, device: Device = "cuda") -> Plan:
     """Resolve a recipe into numbers.
+
+    Args:
+        recipe: validated.
+        device: whose mixed precision: CUDA computes norms in float32, the CPU does not.
 
     Raises:
         ModelError: the model folder is missing, or a hub id is neither on this machine nor built
             in.
     """
-    needs = recipe.needs
-    half = recipe.train.mixed_precision != "no"  # autocast keeps half-width activations
-    model = recipe.model.model_copy(update={"dtype": "bfloat16"}) if half else recipe.model
-    generator: Generator = recipe.chosen("model")(model, "meta")
-    reference = "reference" in needs.views
-    generator.load_module(recipe.seed, reference=reference, reference_mode=recipe.reference.mode)
-    items = recipe.train.train_batch_size * (2 if needs.layout == "pairs" else 1)
-    spec = DrawSpec(num_draws=recipe.draw.num_draws)
-    activations, flops = trace(
-        generator, example_event(generator, items, spec), reference=reference
-    )
-    count = recipe.chosen("data")(recipe.data).count()
-    records = recipe.train.train_batch_size * recipe.train.gradient_accumulation_steps
+    generator, rows, train = built(recipe), rows_of(recipe), recipe.train
+    look, views = looked(recipe, generator, device), generator.views
+    items = round(train.train_batch_size * states_seen(recipe, rows.longest))
+    event = example_event(generator, items, DrawSpec(num_draws=recipe.draw.num_draws))
+    step = trace(generator, event, reference="reference" in recipe.needs.views, look=look)
+    process: Any = getattr(generator, "process", None)
+    found = calls(recipe, rows.items, process, 1 if look.guidance == 1 else 2)
+    flops = flops_of(recipe, found, step, look, items)
+    sampled = rollout_peak(recipe, generator, look)
+    records = train.train_batch_size * train.gradient_accumulation_steps
     media, text = cached_bytes(generator, recipe.cache.dtype)
-    per_record = 2 if needs.layout == "pairs" else 1
+    usable = None if rows.count is None else round(rows.count * rows.records)
     return Plan(
-        network=type(generator.module).__name__,
-        parameters=sum(
-            p.numel() for n, p in generator.module.named_parameters() if "lora_" not in n
-        ),
-        trainable_parameters=sum(
-            p.numel() for p in generator.module.parameters() if p.requires_grad
-        ),
+        network=type(views.module).__name__,
+        parameters=sum(p.numel() for n, p in views.module.named_parameters() if "lora_" not in n),
+        trainable_parameters=sum(p.numel() for p in views.trained().values()),
         items_per_forward=items,
         records_per_step=records,
-        max_train_steps=recipe.train.max_train_steps,
-        memory=memory(recipe, generator.module, reference, activations),
-        flops_per_record=flops // recipe.train.train_batch_size,
-        num_records=count,
-        passes=None if not count else records * recipe.train.max_train_steps / count,
-        cache_bytes=None if count is None else count * (per_record * media + text),
+        max_train_steps=train.max_train_steps,
+        memory=memory(views, DTYPES[recipe.model.dtype], train, step, sampled),
+        flops=flops,
+        flops_per_record=sum(flops.values()),
+        judged_per_record=found.judged,
+        num_records=usable,
+        passes=None if not usable else records * train.max_train_steps / usable,
+        cache_bytes=None if rows.count is None else round(rows.count * (rows.media * media + text)),
     )

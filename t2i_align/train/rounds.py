@@ -22,7 +22,6 @@ interrupted goes on where it was, so a killed run continued with
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -39,11 +38,12 @@ from t2i_align.data import SOURCES
 from t2i_align.data.options import RecordOptions
 from t2i_align.errors import DataError, OutputError
 from t2i_align.folder_lock import is_foreign, occupied
+from t2i_align.plain_json import load_object
 from t2i_align.process.seeds import derive
 from t2i_align.recipe import Recipe
 from t2i_align.registry import resolve
 from t2i_align.train.log import write_json
-from t2i_align.train.output import difference, started
+from t2i_align.train.output import difference, recipe_in, started
 from t2i_align.train.rounds_options import RoundsOptions, SamplesOptions, changed
 from t2i_align.train.start import start_from
 
@@ -97,7 +97,7 @@ def section(recipe: Recipe) -> RoundsOptions:
 def _finished(where: Path) -> dict[str, Any] | None:
     """The summary of a round that is done."""
     file = where / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return load_object(file.read_bytes(), str(file), OutputError) if file.is_file() else None
 
 
 def _round(
@@ -122,7 +122,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     """
     marker, facts = folder / ROUNDS_FILE, _identity(recipe)
     if marker.is_file():
-        before = json.loads(marker.read_text())["recipe"]
+        before = recipe_in(marker)
         if before != facts:
             odd = [difference(k, before.get(k), v) for k, v in facts.items() if before.get(k) != v]
             raise OutputError(

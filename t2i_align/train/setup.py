@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 
 import t2i_align
+from t2i_align.checks_model import distilled_warning, unfit_model
+from t2i_align.errors import RecipeError
 from t2i_align.recipe import Recipe
 from t2i_align.train import output
 from t2i_align.train.log import Phases
+from t2i_align.train.sharding import unfit
 
 
 class Setup:
@@ -22,24 +25,34 @@ class Setup:
     Args:
         recipe: validated.
         console: for lines and progress.
+        claim: False leaves the output folder alone, for what builds caches only.
     """
 
-    def __init__(self, recipe: Recipe, console: Console) -> None:
+    def __init__(self, recipe: Recipe, console: Console, *, claim: bool = True) -> None:
         """Start accelerate and claim the folder."""
         self.recipe, self.console = recipe, console
         self.phases = Phases()
         self.folder = Path(recipe.output_dir).expanduser()
+        minutes = recipe.train.distributed.timeout_minutes
         tracker = None if recipe.train.report_to == "none" else recipe.train.report_to
         self.accelerator = Accelerator(
             mixed_precision=recipe.train.mixed_precision,
             log_with=tracker,
             project_dir=str(self.folder),
-            # other processes wait while the first builds the cache, which may take days
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+            kwargs_handlers=[
+                # other processes wait while the first builds the cache, which may take days
+                InitProcessGroupKwargs(
+                    timeout=timedelta(days=7) if minutes is None else timedelta(minutes=minutes)
+                ),
+                # buffers never change (eval mode); those of a quantised base are all its weights
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
+        if found := unfit(recipe, self.accelerator.num_processes):
+            raise RecipeError(found)
         self.main = self.accelerator.is_main_process
         resume = recipe.train.resume_from_checkpoint is not None
-        if self.main:
+        if self.main and claim:
             output.claim(
                 self.folder, recipe.to_dict(), resume=resume, version=t2i_align.__version__
             )
@@ -59,6 +72,19 @@ class Setup:
         """One line, from the main process."""
         if self.main:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def recheck(self) -> None:
+        """Ask again what the model's own files tell, now that a hub id has been fetched.
+
+        Raises:
+            RecipeError: it is a model the objective cannot be trained on.
+        """
+        found = list(unfit_model(self.recipe))
+        if found:
+            raise RecipeError(found)
+        warning = distilled_warning(self.recipe)
+        if warning is not None:
+            self.say(warning)
 
     def anyone(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""

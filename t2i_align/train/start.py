@@ -58,6 +58,13 @@ def start_from(views: Views, name: str) -> str:
     """
     file = start_file(name)
     theirs, mine = load_file(file), views.trained()
+    if not mine.keys() & theirs.keys():
+        raise ModelError(
+            f"model.start_from: '{name}' trained other parameters than this recipe, not one of "
+            f"them the same: {', '.join(sorted(theirs)[:2])} there, {', '.join(sorted(mine)[:2])} "
+            "here",
+            "use the model and lora options of that run",
+        )
     shapes = [{k: tuple(v.shape) for k, v in d.items()} for d in (mine, theirs)]
     odd = sorted(k for k in mine.keys() | theirs.keys() if shapes[0].get(k) != shapes[1].get(k))
     if odd:

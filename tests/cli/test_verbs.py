@@ -17,6 +17,7 @@ from t2i_align.cli import VERBS, build_app
 from t2i_align.data import SOURCES
 from t2i_align.errors import EXIT_CODES
 from t2i_align.generators import GENERATORS
+from t2i_align.generators.layouts import FAMILIES
 from t2i_align.listing import LISTS
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.recipe import load_recipe, shipped
@@ -107,7 +108,8 @@ def test_ls_knows_the_tables() -> None:
     names = {kind: {r["name"] for r in json.loads(ok("ls", kind, "--json"))} for kind in LISTS}
     assert names["recipes"] == set(shipped())
     assert names["objectives"] == set(OBJECTIVES)
-    assert names["generators"] == set(GENERATORS)
+    families = {f"diffusers: {name}" for name in FAMILIES}
+    assert names["generators"] >= {*GENERATORS, *families, "diffusers: AuraFlowPipeline"}
     assert names["sources"] == set(SOURCES)
     assert names["datasets"] >= {"pickapic_v2", "hpdv3"}
     everything = json.loads(ok("ls", "--json"))

@@ -20,6 +20,7 @@ FORBIDDEN = {
     "judges": ["objectives", "train", "recipe"],
     "data": ["objectives", "train", "recipe"],
     "evaluate": ["objectives", "train", "recipe"],
+    "export": ["objectives", "rollout", "judges", "data", "evaluate"],
 }
 MODALITIES = {
     *("image", "images", "audio", "video", "voxels", "mesh", "codes"),
@@ -47,6 +48,12 @@ def test_direction(package: str) -> None:
 def test_nothing_imports_the_command_line() -> None:
     users = [n for n in modules() if not n.startswith(("t2i_align.cli", "t2i_align.__main__"))]
     assert [found for name in users for found in ours(name, ["cli"])] == []
+
+
+def test_only_the_command_line_imports_export() -> None:
+    """Ways out stand at the end: nothing that trains depends on them."""
+    users = [n for n in modules() if not n.startswith(("t2i_align.cli", "t2i_align.export"))]
+    assert [found for name in users for found in ours(name, ["export"])] == []
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

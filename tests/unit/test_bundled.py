@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_align.evaluate.run import Protocol, sample
+from t2i_align.evaluate.pictures import STREAM
+from t2i_align.evaluate.sampling import defaults, sample
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_folder import local_path
 from t2i_align.generators.diffusers_options import DiffusersOptions
-from t2i_align.process.seeds import normals
+from t2i_align.process.seeds import derive, normals
 from t2i_align.scenes.grammar import fixed_prompts
 from t2i_align.scenes.pairs import verdicts
 
@@ -57,7 +58,9 @@ def test_it_draws_what_is_asked_and_composes_imperfectly(name: str) -> None:
     right: dict[str, list[bool]] = {}
     for task in ("colors", "position"):
         part = [item for item in items if item[0]["tag"] == task]
-        pictures = sample(generator(name), part, Protocol())
+        prompts = [m["prompt"] for m, _ in part]
+        seeds = [derive(0, m["prompt"], k, STREAM) for m, k in part]
+        pictures = sample(generator(name), prompts, seeds, defaults("scenes"))
         right[task] = [verdicts([p], m)[0][0] for p, (m, _) in zip(pictures, part, strict=True)]
     assert np.mean(right["colors"]) > 0.5 > np.mean(right["position"])
 

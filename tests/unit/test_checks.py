@@ -51,6 +51,18 @@ BROKEN: list[tuple[str, list[str], str, str]] = [
         "got 'bfloat16', but without model.lora these are the weights trained",
     ),
     (
+        "reference-cache",
+        ["cache.reference=always", "reference.refresh=hard"],
+        "cache.reference",
+        "got 'always', but reference.refresh 'hard' moves the reference",
+    ),
+    (
+        "distinct-draws",
+        ["objective={type: diffusion_dro}", "draw.num_distinct=2"],
+        "draw.num_distinct",
+        "is not used by diffusion_dro",
+    ),
+    (
         "noise-levels",
         ["draw.min_level=0.5", "draw.max_level=0.5"],
         "draw.min_level",
@@ -110,6 +122,18 @@ BROKEN: list[tuple[str, list[str], str, str]] = [
         "needs stored pairs; sft is fed stored winners",
     ),
     (
+        "aspect-buckets",
+        ["model.aspect_buckets.step=96"],
+        "model.aspect_buckets.step",
+        "got 96, but resolution 512 is not a multiple of it",
+    ),
+    (
+        "aspect-buckets-feed",
+        ["model.aspect_buckets={}", "data.curriculum.chunks=2"],
+        "data.curriculum",
+        "a curriculum says which pairs come when, and model.aspect_buckets which come together",
+    ),
+    (
         "rounds",
         ["rounds.data=[{}]", "train.resume_from_checkpoint=."],
         "train.resume_from_checkpoint",
@@ -135,6 +159,9 @@ BROKEN: list[tuple[str, list[str], str, str]] = [
 ]
 # Those that need a prepared machine, file or table have their own test below.
 ELSEWHERE = {"objective-generator", "fp16-needs-cuda", "optimizer-package", "output-folder"}
+# Those of checks_model.py: test_ways_to_train_*.py.
+ELSEWHERE |= {"quantized-base", "quantized-package", "distilled-model"}
+ELSEWHERE |= {"attention-backend", "compile-toolchain"}
 
 
 def failures(recipe: Recipe, *, cuda: bool | None = None) -> set[str]:

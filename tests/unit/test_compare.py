@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from t2i_align.errors import DataError
-from t2i_align.evaluate.compare import compare, read_protocol, same_protocol
+from t2i_align.evaluate.compare import compare, read_protocol, same_protocol, table
 
 
 def evaluation(
@@ -71,3 +71,48 @@ def test_a_folder_without_an_evaluation_is_named(tmp_path: Path, text: str | Non
         (folder / "protocol.json").write_text(text)
     with pytest.raises(DataError, match="half holds no evaluation"):
         read_protocol(folder)
+
+
+def test_a_task_of_one_prompt_has_a_difference_and_no_interval(tmp_path: Path) -> None:
+    """Counting keeps p2 alone, 1 -> 0: colors keeps its interval, the mean of both has none."""
+    folders = []
+    for name, right in (("a", [1, 0, 1, 1]), ("b", [1, 1, 0, 0])):
+        folder = evaluation(tmp_path / name, right)
+        rows = [json.loads(x) for x in (folder / "results.jsonl").read_text().splitlines()]
+        rows[3] |= {"prompt": "p2", "image": 1}
+        (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        folders.append(folder)
+    result = compare(*folders)
+    assert result["no_interval"] == ["counting"]
+    assert result["tasks"]["counting"]["difference"] == {"mean": -1.0, "low": None, "high": None}
+    colors = result["tasks"]["colors"]["difference"]
+    assert (colors["mean"], colors["low"], colors["high"]) == (0.5, 0.0, 1.0)
+    assert result["overall"]["difference"] == {"mean": -0.25, "low": None, "high": None}
+    assert result["graded"]["difference"]["low"] is not None  # three prompts in all
+    shown = {row["task"]: row["95 % interval"] for row in table(result)}
+    assert shown["counting"] == "none: one prompt"
+    assert shown["overall"] == "none: one prompt (counting)"
+    assert shown["colors"] == "[+0.000, +1.000]"
+
+
+def test_a_mean_of_pictures_needs_two_prompts_in_all(tmp_path: Path) -> None:
+    """Two tasks of three and one pictures whose total is that of the pictures keep an interval."""
+    folders = []
+    for name, right in (("a", [1, 0, 0, 1]), ("b", [1, 1, 0, 1])):
+        folder = evaluation(tmp_path / name, right)
+        rows = [json.loads(x) for x in (folder / "results.jsonl").read_text().splitlines()]
+        rows[2] |= {"tag": "colors"}
+        (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / "summary.json").write_text(json.dumps({"overall": {"mean": sum(right) / 4}}))
+        folders.append(folder)
+    result = compare(*folders)
+    gain = result["overall"]["difference"]
+    assert result["overall"]["rule"] == "mean of the pictures"
+    assert gain["mean"] == 0.25 and gain["low"] == 0.0 and gain["high"] > 0.25
+    assert result["no_interval"] == ["counting"]
+
+
+def test_evaluations_without_rows_are_refused(tmp_path: Path) -> None:
+    a = evaluation(tmp_path / "a", [])
+    with pytest.raises(DataError, match="hold different prompts"):
+        compare(a, a)

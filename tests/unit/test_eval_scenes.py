@@ -13,19 +13,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from t2i_align.catalog import find_root
 from t2i_align.errors import DataError
 from t2i_align.evaluate.compare import compare, table
-from t2i_align.evaluate.run import Protocol, items_of, judge, picture_path, summarise
+from t2i_align.evaluate.run import Request, run
 from t2i_align.scenes import grammar
 from t2i_align.scenes.detect import detect
 from t2i_align.scenes.pairs import PairSettings, decoded, encoded, pair_of, rows_of, verdicts
 from t2i_align.scenes.render import Scene, Thing, render
 from t2i_align.scenes.score import graded_score
+from tests import evaluations
+from tests.evaluations import picture_path
 from tests.tiny import pipeline_folder
 
-PROTOCOL = Protocol(per_task=12)
+PER_TASK = 12
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
 
 
 def truth(metadata: grammar.Metadata, rng: np.random.Generator) -> Image.Image:
@@ -35,15 +42,12 @@ def truth(metadata: grammar.Metadata, rng: np.random.Generator) -> Image.Image:
 def evaluation(out: Path, wrong: set[int]) -> Path:
     """An evaluation of true renders, some replaced by an empty ground."""
     rng = np.random.default_rng(1)
-    for number, (metadata, _) in enumerate(items_of(PROTOCOL)):
-        file = picture_path(out, number)
-        file.parent.mkdir(parents=True)
+
+    def draw(number: int, metadata: grammar.Metadata) -> Image.Image:
         image = truth(metadata, rng)
-        if number in wrong:
-            image = Image.fromarray(render(Scene(()), rng))
-        image.save(file)
-    (out / "protocol.json").write_text(json.dumps({"protocol": vars(PROTOCOL)}))
-    summarise(judge(items_of(PROTOCOL), out), PROTOCOL, {"model": "truth"}, out)
+        return Image.fromarray(render(Scene(()), rng)) if number in wrong else image
+
+    evaluations.evaluation(out, PER_TASK, draw)
     return out
 
 
@@ -78,7 +82,7 @@ def test_compare_counts_pairs(folders: tuple[Path, Path]) -> None:
 
 
 def test_unlike_runs_are_not_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    other = vars(PROTOCOL) | {"guidance_scale": 7.0}
+    other = evaluations.protocol_of(PER_TASK) | {"guidance_scale": 7.0}
     (tmp_path / "protocol.json").write_text(json.dumps({"protocol": other}))
     with pytest.raises(DataError, match=r"guidance_scale: 3\.0 and 7\.0"):
         compare(folders[0], tmp_path)
@@ -88,14 +92,19 @@ def test_unlike_runs_are_not_compared(folders: tuple[Path, Path], tmp_path: Path
 
 
 def test_missing_pictures_are_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="72 of 72 pictures are missing"):
-        judge(items_of(PROTOCOL), tmp_path)
+    request = Request("scenes", tmp_path / "out", {"per_task": PER_TASK}, images=tmp_path)
+    (tmp_path / "images" / "00000" / "samples").mkdir(parents=True)
+    with pytest.raises(DataError, match="holds no picture of 'scenes'"):
+        run(request, quiet())
+    (tmp_path / "images" / "00000" / "samples" / "0000.png").touch()
+    with pytest.raises(DataError, match="71 of 72 pictures are missing"):
+        run(request, quiet())
     for source in folders[0].rglob("*.png"):
         file = tmp_path / source.relative_to(folders[0])
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(source.read_bytes()[:200])
     with pytest.raises(DataError, match=r"(?s)0000\.png: cannot decode.*delete it and run again"):
-        judge(items_of(PROTOCOL), tmp_path)
+        run(request, quiet())
 
 
 def test_graded_scores_order_near_misses() -> None:

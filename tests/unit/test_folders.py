@@ -10,6 +10,7 @@ import pytest
 from t2i_align.errors import ModelError
 from t2i_align.generators import diffusers_folder as folders
 from t2i_align.generators.diffusers_options import DiffusersOptions
+from t2i_align.generators.layouts import vae_blocks
 from tests.tiny import pipeline_folder
 
 
@@ -45,7 +46,7 @@ def test_missing_and_unknown_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="no family for pipeline class WuerstchenPipeline; known: "
     ):
-        folders.family_name(json.loads(other.read_text()), DiffusersOptions(name_or_path="x"))
+        folders.family(json.loads(other.read_text()), DiffusersOptions(name_or_path="x"))
 
 
 def test_training_can_start_from_the_denoiser_of_an_earlier_run(tmp_path: Path) -> None:
@@ -95,10 +96,13 @@ def test_a_text_length_is_refused_where_the_pipeline_has_none(tmp_path: Path) ->
 
 
 def test_vae_factor_is_read_from_its_config(tmp_path: Path) -> None:
-    assert folders.vae_factor(None) == 8 and folders.vae_factor(tmp_path) == 8
+    def factor(folder: Path | None) -> tuple[int, int]:
+        return vae_blocks(folders.vae_config(folder))
+
+    assert factor(None) == (8, 1) and factor(tmp_path) == (8, 1)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
-    assert folders.vae_factor(tmp_path) == 4
+    assert factor(tmp_path) == (4, 1)
 
 
 def test_schedulers_without_betas_are_refused() -> None:

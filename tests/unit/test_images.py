@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_builders import image_bytes
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision import transforms
 
 from t2i_align.contract import MediaError
@@ -149,3 +149,62 @@ def test_a_sliver_is_refused_before_it_is_enlarged() -> None:
 
     with pytest.raises(MediaError, match="too long"):
         fit(PILImage.new("RGB", (65000, 1)), 1024, "center", "k", False)
+
+
+@pytest.mark.parametrize("size", [(37, 52), (52, 37), (40, 40), (13, 91), (20, 32), (48, 64)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32), (48, 64)])
+def test_a_shape_is_covered_and_cropped_as_torchvision_would(
+    size: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    """The exact ratio decides which side fits: the other is resized by the same, rounded down."""
+    image = open_image(image_bytes(3, size))
+    (width, height), (h, w) = size, shape
+    tall = height * w >= width * h  # taller than the shape: the width fits
+    covering = (height * w // width, w) if tall else (h, width * h // height)
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(covering, transforms.InterpolationMode.BILINEAR),
+            transforms.CenterCrop(shape),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+    pixels, info = fit(image, shape, "center", "", False)
+    assert pixels.shape == (3, *shape) and covering[0] >= h and covering[1] >= w
+    torch.testing.assert_close(pixels, theirs(image), atol=1e-6, rtol=0)
+    assert info.original_size == (height, width) and info.target_size == shape
+    assert all(
+        0 <= at <= free - side
+        for at, free, side in zip(info.crop_top_left, covering, shape, strict=True)
+    )
+
+
+def test_a_square_as_a_pair_is_the_side_alone() -> None:
+    image = open_image(image_bytes(4, (70, 40)))
+    for crop in ("center", "random"):
+        one, two = (fit(image, size, crop, "key", True) for size in (32, (32, 32)))
+        assert torch.equal(one[0], two[0]) and one[1] == two[1]
+
+
+def test_flip_mirrors_the_crop_of_a_shape() -> None:
+    image = open_image(image_bytes(5, (90, 40)))
+    plain, at = fit(image, (32, 48), "random", "key", False)
+    mirrored, flipped_at = fit(image, (32, 48), "random", "key", True)
+    torch.testing.assert_close(mirrored, plain.flip(-1), atol=0, rtol=0)
+    assert flipped_at.crop_top_left[1] == 32 * 90 // 40 - (at.crop_top_left[1] + 48)
+
+
+def test_the_size_is_read_within_the_same_bounds() -> None:
+    for data, reason in ((b"", "empty file"), (b"text", "not an image")):
+        with pytest.raises(MediaError, match=reason):
+            images.image_size(data)
+    with pytest.raises(MediaError, match="9000 x 9000"):
+        images.image_size(bomb(9000, 9000))
+
+
+def test_a_jpegs_size_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = image_bytes(0, (24, 16))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert images.image_size(file) == (16, 24)
+    with pytest.raises(pytest.fail.Exception, match="decoded"):  # the trap is where decoding is
+        Image.open(io.BytesIO(file)).load()

@@ -167,8 +167,8 @@ def test_numbers_that_cannot_be_cached_name_record_and_fix(build: Build, poison:
     else:
         assert text.endswith(
             "non-finite x0 from the frozen encoder\n  fix: non-finite latents: the SDXL VAE "
-            "overflows in float16; set model.vae_dtype: float32 or model.vae_name_or_path: "
-            "madebyollin/sdxl-vae-fp16-fix"
+            "overflows in float16; set model.vae_dtype: float32 or bfloat16, or "
+            "model.vae_name_or_path: madebyollin/sdxl-vae-fp16-fix"
         )
 
 

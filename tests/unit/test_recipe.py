@@ -55,10 +55,10 @@ def test_three_typos_are_reported_together_with_lines(tmp_path: Path) -> None:
 
 TRAIN_KEYS = (
     "adam_beta1, adam_beta2, adam_epsilon, channels_last, checkpointing_steps, "
-    "checkpoints_total_limit, divergence_limit, ema_decay, gradient_accumulation_steps, "
-    "learning_rate, logging_steps, lr_scheduler, lr_warmup_steps, max_grad_norm, max_train_steps, "
-    "mixed_precision, optimizer, report_to, resume_from_checkpoint, scale_lr, train_batch_size, "
-    "weight_decay"
+    "checkpoints_total_limit, compile, distributed, divergence_limit, ema_decay, "
+    "gradient_accumulation_steps, learning_rate, logging_steps, lr_scheduler, lr_warmup_steps, "
+    "max_grad_norm, max_skipped_steps, max_train_steps, mixed_precision, optimizer, report_to, "
+    "resume_from_checkpoint, scale_lr, train_batch_size, weight_decay"
 )
 
 
@@ -83,7 +83,7 @@ TRAIN_KEYS = (
         ("model.lora=8", "model.lora: got the number 8; allowed: a section with r, lora_alpha"),
         (
             "model.lora.rank=4",
-            "model.lora.rank: unknown key; allowed: init_lora_weights, lora_alpha",
+            "model.lora.rank: unknown key; allowed: alpha_pattern, exclude_modules, from_block, ",
         ),
         ("model.type=3", f"model.type: got the number 3; known generators: {GENERATOR_NAMES}"),
         ("objective=dpo", "must be a section\n    write objective: {type: dpo}"),

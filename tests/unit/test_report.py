@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shlex
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,14 @@ from t2i_align.evaluate.report import (
     read_extras,
     read_run,
 )
-from t2i_align.evaluate.run import Protocol, items_of, judge, picture_path, summarise
+from t2i_align.evaluate.sampling import defaults
+from t2i_align.evaluate.settings import read_settings
 from t2i_align.scenes import grammar
 from t2i_align.scenes.render import Scene, render
+from tests import evaluations
+from tests.evaluations import picture_path
 
-PROTOCOL = Protocol(per_task=4)
+PER_TASK = 4
 NUM = 24
 WRONG = set(range(0, NUM, 2)), {0, 1, 7}  # before and after: 0 stays wrong, 1 and 7 break
 ATTACK = "<script>alert(1)</script>\"'><img src=x>"
@@ -45,15 +47,13 @@ VOID = {"meta", "img", "input", "br", "link"}
 def evaluation(out: Path, wrong: set[int], weights: Path) -> Path:
     """True renders, some replaced by an empty ground; one prompt is an attack on the page."""
     rng = np.random.default_rng(1)
-    for number, (metadata, _) in enumerate(items_of(PROTOCOL)):
+
+    def draw(number: int, metadata: grammar.Metadata) -> Image.Image:
         scene = Scene(()) if number in wrong else grammar.scene_for(metadata, rng)
-        file = picture_path(out, number)
-        file.parent.mkdir(parents=True)
-        Image.fromarray(render(scene, rng)).save(file)
+        return Image.fromarray(render(scene, rng))
+
     facts = {"model": "truth", "lora": None, "denoiser": str(weights)}
-    (out / "protocol.json").write_text(json.dumps({"protocol": asdict(PROTOCOL), **facts}))
-    rows = judge(items_of(PROTOCOL), out)
-    summarise(rows, PROTOCOL, facts, out)
+    rows = evaluations.evaluation(out, PER_TASK, draw, facts)
     rows[3]["prompt"] = ATTACK
     rows[3]["reason"] = ATTACK
     rows[3]["detections"] = [{"class": ATTACK, "score": 0.95, "box": [1, 30, 20, 40]}]
@@ -352,7 +352,7 @@ def test_bad_pictures_are_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"names '\.\./secret\.png', outside its folder"):
         gallery.picture(tmp_path, row | {"filename": "../secret.png"}, "before")
     (tmp_path / "x.png").write_bytes(b"GIF89a")
-    with pytest.raises(DataError, match=r"x\.png is no PNG file"):
+    with pytest.raises(DataError, match=r"x\.png is no PNG, JPEG or WebP file"):
         gallery.picture(tmp_path, row | {"filename": "x.png"}, "before")
 
 
@@ -378,17 +378,30 @@ def test_eval_commands_repeat_the_protocol(page: Page, root: Path) -> None:
     lines = [line for line in page.text.splitlines() if line.startswith("t2i-align eval ")]
     for line, name in zip(lines, "ab", strict=True):
         given = command.commands["eval"].make_context("eval", shlex.split(line)[2:]).params
-        expected = asdict(PROTOCOL) | {"model": "truth", "lora": None, "out": root / name}
-        expected |= {"denoiser": str(root / "run" / "unet")}
-        expected |= {"training_prompts": not expected.pop("held_out"), "max_sequence_length": None}
-        assert expected.pop("resolution") == 64
-        assert given == expected
+        expected: dict[str, Any] = {"model": "truth", "lora": None, "out": root / name}
+        expected |= {"denoiser": str(root / "run" / "unet"), "benchmark": "scenes"}
+        expected |= defaults("scenes").protocol()
+        assert {k: v for k, v in given.items() if k in expected} == expected
+        settings = read_settings(given["settings"])
+        assert settings == {"per_task": PER_TASK, "prompt_seed": 0, "held_out": True}
+        others = given.keys() - expected.keys() - {"settings"}
+        assert not [
+            k
+            for k in others
+            if given[k] not in (None, False, ()) and k not in ("num_processes", "embedding")
+        ]
 
 
 def test_an_eval_command_names_what_differs_from_the_defaults(tmp_path: Path) -> None:
-    fact = {"protocol": asdict(PROTOCOL), "model": "m", "lora": "l", "max_sequence_length": "16"}
+    protocol = evaluations.protocol_of(PER_TASK)
+    fact = {"protocol": protocol, "model": "m", "lora": "l", "max_sequence_length": "16"}
     words = shlex.join(eval_command(tmp_path, fact))
-    assert "--model m --lora l --max-sequence-length 16 --per-task" in words
+    assert "--model m --lora l --max-sequence-length 16 --set per_task=4" in words
+    fact |= {"options": {"per_task": 9}, "pictures": "/p"}
+    words = shlex.join(eval_command(tmp_path, fact))
+    assert "eval scenes --images /p --set per_task=9 --seed 0" in words and "--model" not in words
+    words = shlex.join(eval_command(tmp_path, fact | {"replayed": "a.jsonl"}))
+    assert f"eval scenes --detections a.jsonl --set per_task=9 --out {tmp_path}" in words
 
 
 def test_extras_come_from_a_summary(tmp_path: Path) -> None:
