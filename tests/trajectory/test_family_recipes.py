@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from t2i_align.recipe import load_recipe, shipped
@@ -37,6 +39,14 @@ FAMILY = {
     "wan_dpo_lora": "wan",
     "zimage_dpo_lora": "z_image",
 }
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """accelerate keeps the first run's precision for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_every_recipe_with_lora_pairs_is_here() -> None:
