@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2i_align.recipe import Recipe
 from t2i_align.train.loop import Run
+from tests.runs import forget_precision
 
 
 class Tracker(MemTracker):
@@ -36,9 +37,7 @@ class Tracker(MemTracker):
 
 def started(recipe: Recipe) -> Run:
     """A run before its first step, in a process that may have had others."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_precision()
     return Run(recipe, Console(file=io.StringIO()))
 
 

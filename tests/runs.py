@@ -46,6 +46,13 @@ def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run_folder / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
 
 
+def forget_precision() -> None:
+    """Let the next run have a precision of its own; accelerate keeps the first of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """Rows as JSON lines."""
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

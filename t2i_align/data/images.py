@@ -77,14 +77,34 @@ def image_size(data: bytes | str | Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def opened(data: bytes | str | Path) -> PILImage:
-    """An image whose header was read and is within bounds."""
+def bounded(data: bytes | str | Path, limit: int) -> bytes:
+    """The bytes of a medium's file, of which no more than ``limit + 1`` are ever read.
+
+    Raises:
+        MediaError: empty, no regular file, unreadable, or over the limit.
+    """
     if not isinstance(data, bytes):
-        data = _read(Path(data))
+        data = _read(Path(data), limit)
     if not data:
         raise MediaError("empty file (0 bytes)")
-    if len(data) > MAX_BYTES:
-        raise MediaError(f"{len(data) / 2**20:.0f} MiB; the limit is {MAX_BYTES >> 20} MiB")
+    if len(data) > limit:
+        raise MediaError(f"{len(data) / 2**20:.0f} MiB; the limit is {limit >> 20} MiB")
+    return data
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise MediaError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise MediaError(f"cannot read {path}: {error.strerror}") from error
+
+
+def opened(data: bytes | str | Path) -> PILImage:
+    """An image whose header was read and is within bounds."""
+    data = bounded(data, MAX_BYTES)
     from PIL import Image
 
     try:
@@ -100,16 +120,6 @@ def opened(data: bytes | str | Path) -> PILImage:
         limit = f"{MAX_PIXELS / 1e6:.0f} megapixels"
         raise MediaError(f"{width} x {height} pixels by its header; the limit is {limit}")
     return image
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise MediaError(f"{path} is no regular file")
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise MediaError(f"cannot read {path}: {error.strerror}") from error
 
 
 def to_rgb(image: PILImage) -> PILImage:

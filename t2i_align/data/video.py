@@ -25,7 +25,7 @@ from torch import Tensor
 
 from t2i_align import optional
 from t2i_align.contract import Media, MediaError
-from t2i_align.data.images import FORMATS, SizeInfo, fit, image_size, opened, to_rgb
+from t2i_align.data.images import FORMATS, SizeInfo, bounded, fit, image_size, opened, to_rgb
 from t2i_align.data.media import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -97,23 +97,8 @@ def frames(data: bytes | str | Path) -> Frames:
             :data:`MAX_FRAME_PIXELS`.
         MissingDependencyError: a video file, but the ``video`` extra is not installed.
     """
-    if not isinstance(data, bytes):
-        data = _read(Path(data))
-    if not data:
-        raise MediaError("empty file (0 bytes)")
-    if len(data) > MAX_BYTES:
-        raise MediaError(f"{len(data) / 2**20:.0f} MiB; the limit is {MAX_BYTES >> 20} MiB")
+    data = bounded(data, MAX_BYTES)
     yield from (_of_picture(data) if _is_picture(data) else _of_video(data))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise MediaError(f"{path} is no regular file")
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise MediaError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _is_picture(data: bytes) -> bool:

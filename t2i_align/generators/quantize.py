@@ -17,6 +17,7 @@ neighbours' scales. Convolutions and norms stay as they are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,7 @@ class _Product(torch.autograd.Function):
         return grads[0] @ ctx.layer.rebuilt(grads[0].dtype), None
 
 
-class Rounded(nn.Linear):
+class Rounded(nn.Linear, ABC):
     """A linear layer ``(..., n) -> (..., m)`` whose weight is kept in few bits.
 
     Args:
@@ -62,9 +63,9 @@ class Rounded(nn.Linear):
         self.kept_dtype = linear.weight.dtype
         self.bias = linear.bias
 
+    @abstractmethod
     def rebuilt(self, dtype: torch.dtype) -> Tensor:
         """The weight ``(m, n)`` it computes with."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from t2i_align.recipe import load_recipe, shipped
 from t2i_align.train.run import train
 from tests import cases_flux, cases_image, cases_language, cases_video
 from tests.backbones import pairs
-from tests.runs import pickapic
+from tests.runs import forget_precision, pickapic
 
 GROUPS = (cases_flux, cases_image, cases_language, cases_video)
 CASES = {case.name: case for group in GROUPS for case in group.CASES}
@@ -43,10 +42,10 @@ FAMILY = {
 
 @pytest.fixture(autouse=True)
 def own_precision() -> Iterator[None]:
-    """accelerate keeps the first run's precision for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """Runs before and after these have other precisions."""
+    forget_precision()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_precision()
 
 
 def test_every_recipe_with_lora_pairs_is_here() -> None:
@@ -72,8 +71,6 @@ def test_a_step_of_the_recipe(name: str, tmp_path: Path) -> None:
         "train.learning_rate": 1e-3,  # seen after one step
         "train.report_to": "none",
     }
-    if "optimizer: adamw_8bit" in shipped()[name].read_text():
-        given["train.optimizer"] = "adamw"  # bitsandbytes is an extra
     recipe = load_recipe(name, [f"{key}={value}" for key, value in given.items()])
     summary = train(recipe, Console(file=io.StringIO()))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

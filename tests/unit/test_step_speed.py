@@ -17,6 +17,7 @@ from t2i_align.recipe import Recipe, load_recipe
 from t2i_align.train.engine import Engine
 from t2i_align.train.options import TrainOptions
 from tests import measuring, runs
+from tests.runs import forget_precision
 from tests.tiny import pipeline_folder
 
 
@@ -120,9 +121,7 @@ def test_processes_talk_on_a_steps_last_micro_batch_only(
     group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three micro-batches, one reduction; gradients are of all three."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_precision()
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
     engine = Engine(TrainOptions(), Views(net, None), Accelerator(cpu=True), 3)
