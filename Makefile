@@ -2,13 +2,14 @@
 # make test       lint, types and the fast tests, in a .venv made on first use
 # make test-slow  the tests marked slow
 # make bench      speed and memory beside their bounds, as ratios of one run
-# make test-big   SDXL at its true size on the CPU (7 GB of disk, 9 GB of memory, minutes)
+# make test-big   SDXL and SD3.5 medium at their true sizes on the CPU (7 GB of disk, 15 GB of
+#                 memory, some 20 minutes)
 # make fmt        format the code;  make wheel  build sdist and wheel into dist/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,hub,judges,ocr,quant,serve
+EXTRAS := dev,hub,judges,ocr,quant,ray,serve,torchao
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: quickstart test test-slow bench test-big lint fmt wheel

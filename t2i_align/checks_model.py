@@ -29,11 +29,17 @@ def _quantized_base(recipe: Recipe) -> Found:
             "weights have no gradient",
             fix="add model.lora, or remove model.quantization",
         )
-    if model.quantization.double_quant and kind == "int8":
+    if model.quantization.double_quant and kind != "nf4":
         yield Problem(
             "model.quantization.double_quant",
-            "belongs to nf4; int8 has one scale a row",
+            f"belongs to nf4; {kind} has one scale a row",
             fix="remove it, or set model.quantization.type: nf4",
+        )
+    if model.quantization.backend == "torchao" and kind == "nf4":
+        yield Problem(
+            "model.quantization.backend",
+            "got 'torchao', which has int8 and float8 here; nf4 is bitsandbytes'",
+            fix="remove it, or set model.quantization.type: int8",
         )
     if recipe.reference.mode == "frozen_copy":
         yield Problem(
@@ -47,15 +53,22 @@ def _quantized_base(recipe: Recipe) -> Found:
 @check("quantized-package", "model")
 def _quantized_package(recipe: Recipe) -> Found:
     """The package behind a quantised denoiser is installed."""
+    from t2i_align.generators.quantize import by_torchao
+
     model = recipe.model
     if not isinstance(model, DiffusersOptions) or model.quantization is None:
         return
-    if model.quantization.type == "nf4" and version_of("bitsandbytes") is None:
-        yield Problem(
-            "model.quantization.type",
-            "got 'nf4', which needs the package 'bitsandbytes'; it is not installed",
-            fix=f"{pip_line('quant')}, or set it to int8",
-        )
+    kind = model.quantization.type
+    needed = {"nf4": ("bitsandbytes", "quant")}.get(kind)
+    if by_torchao(model.quantization):
+        needed = ("torchao", "torchao")
+    if needed is None or version_of(needed[0]) is not None:
+        return
+    yield Problem(
+        "model.quantization.type",
+        f"got '{kind}', which needs the package '{needed[0]}'; it is not installed",
+        fix=f"{pip_line(needed[1])}, or set it to int8",
+    )
 
 
 @check("distilled-model", "model", "objective")
@@ -99,16 +112,24 @@ def unfit_model(recipe: Recipe) -> Found:
 
 
 def distilled_warning(recipe: Recipe) -> str | None:
-    """What a run says that trains a distilled model because ``model.allow_distilled`` is set."""
-    from t2i_align.generators.distilled import distilled_reason
+    """What a run says that trains a distilled model on request, or one that may be distilled."""
+    from t2i_align.generators.distilled import distilled_reason, few_step_sampler
 
     model = recipe.model
-    if not isinstance(model, DiffusersOptions) or not model.allow_distilled:
+    if not isinstance(model, DiffusersOptions) or recipe.needs.feed == "trajectory":
         return None
-    reason = distilled_reason(_described(model))
-    if reason is None or recipe.needs.feed == "trajectory":
+    described = _described(model)
+    if model.allow_distilled:
+        reason = distilled_reason(described)
+        said = f"model.allow_distilled: trains on denoising errors although {reason}"
+        return None if reason is None else said
+    doubt = few_step_sampler(described)
+    if doubt is None:
         return None
-    return f"model.allow_distilled: trains on denoising errors although {reason}"
+    return (
+        f"model.name_or_path: {doubt}, as of pipelines with a Lightning or Hyper-SD adapter merged "
+        "in; if one is, train the model before it, since its denoising errors say little"
+    )
 
 
 def _described(model: DiffusersOptions) -> Described:
@@ -139,6 +160,24 @@ def _described(model: DiffusersOptions) -> Described:
         return Described(names)
 
 
+@check("scored-frames", "model", "objective")
+def _scored_frames(recipe: Recipe) -> Found:
+    """The objective sees errors, which leave out the frames that are not scored."""
+    model, needs = recipe.model, recipe.needs
+    if not isinstance(model, DiffusersOptions):
+        return
+    asked = {"short_clips": model.short_clips == "mask", "given_frames": model.given_frames > 0}
+    why = "compares whole predictions" if needs.want else "is of samples of the policy"
+    for key in (key for key, on in asked.items() if on):
+        if needs.want or needs.feed != "stored":
+            yield Problem(
+                f"model.{key}",
+                f"leaves frames out of the error, and {recipe.objective.model_dump()['type']} "
+                f"{why}",
+                fix="remove the key, or choose an objective on errors: dpo, kto, ipo by its link",
+            )
+
+
 @check("attention-backend", "model", "train", machine=True)
 def _attention_backend(recipe: Recipe) -> Found:
     """The attention kernel runs forward and backward on this machine."""
@@ -147,10 +186,9 @@ def _attention_backend(recipe: Recipe) -> Found:
         return
     import torch
 
-    from t2i_align.generators.attention import unusable
+    from t2i_align.generators.attention import computes_in, unusable
 
-    precision = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.train.mixed_precision)
-    dtype: torch.dtype = getattr(torch, precision or model.dtype)
+    dtype = computes_in(model.dtype, recipe.train.mixed_precision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = unusable(model.attention, device, dtype)
     if reason is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from t2i_align.errors import MissingDependencyError
+from t2i_align.later import show
 
 
 def version_of(dist: str) -> str | None:
@@ -26,7 +27,7 @@ def pip_line(extra: str) -> str:
 
 
 def require(dist: str, extra: str, feature: str) -> None:
-    """Make sure an optional distribution is installed.
+    """Make sure an optional distribution is installed, and can be imported from here on.
 
     Args:
         dist: name of the distribution, as pip knows it.
@@ -40,3 +41,4 @@ def require(dist: str, extra: str, feature: str) -> None:
         raise MissingDependencyError(
             f"{feature} needs the package '{dist}', which is not installed", pip_line(extra)
         )
+    show(dist)

@@ -23,6 +23,7 @@ from t2i_align import (  # noqa: F401 register checks
     checks,
     checks_buckets,
     checks_cache,
+    checks_distributed,
     checks_model,
     checks_rollout,
     checks_rounds,

@@ -115,6 +115,51 @@ them; a proof that is said to fail must fail there.
 
 {families}
 
+## Clips
+
+`model.num_frames` keeps the VAE's rule (Wan and CogVideoX 4 m + 1, LTX 8 m + 1; CogVideoX 1.5 one
+that fills whole tokens), and longer clips are cut to their first frames. Text is masked as each
+pipeline does it: LTX is handed a mask, Wan zeros after the prompt, CogVideoX attends to its
+padding; "ragged" above holds for all. Left out of a clip's error (tests/unit/test_clip_masks.py):
+
+- `short_clips: mask` takes clips of fewer frames: the last one is repeated, and latent frames that
+  hold a repeated one are not scored. Default `skip`: they are left out and counted.
+- `given_frames: 1` leaves out the first frame, where both clips were made from one picture.
+
+The error is the mean over the scored latent frames, draws are the same as without. The network sees
+the whole clip all the same. In Wan and LTX scored latents hold no padding; CogVideoX's VAE mixes
+frames in its norms, so there they hold a little. Objectives that compare whole predictions (dspo,
+dpo_safeguard) or train on samples of the policy refuse both keys. Pipelines that start from a
+picture or clip are not trained: their extra inputs are no part of a layout.
+
+## Frozen weights in few bits
+
+`model.quantization` under LoRA; linear layers only, the layer is the suite's on CPU and CUDA
+(generators/quantize.py says why); tests/unit/test_ways_to_train_quantized.py has all kinds.
+
+| `type` | `backend` | numbers | bits a weight | package |
+| --- | --- | --- | --- | --- |
+| `nf4` | `auto` | bitsandbytes, blocks of 64 | 4.5; 4.13 with `double_quant` | `[quant]` |
+| `int8` | `auto` | the suite's own, a scale a row | 8.03 | none |
+| `int8` | `torchao` | torchao's Int8WeightOnlyConfig | 8.04 | `[torchao]` |
+| `float8` | `auto`, `torchao` | torchao's Float8WeightOnlyConfig, e4m3 | 8.03 | `[torchao]` |
+
+Bits are of rows of 1024. torchao 0.18's int4 refuses a CPU, and its configurations that round
+activations have other numbers than a frozen weight, so neither is offered. Nothing is merged into
+rounded weights: `export --format merged` takes the unquantised base.
+
+Planned for one pair of SDXL's 2.57 billion parameters at 1024 px (`sdxl_dpo_lora_24gb`, batch 1):
+weights 5.23 GB and a peak of 6.86 GB; nf4 2.02 and 3.65, nf4 with `double_quant` 1.92 and 3.55,
+int8 and float8 3.00 and 4.63. Peaks leave out the allocator's slack and the CUDA context.
+
+## At full size
+
+`make test-big`: SDXL's UNet and SD3.5 medium's transformer with random bfloat16 weights take LoRA
+steps of DPO on the CPU; text and pictures are encoded first, then the encoders are freed. SD3.5
+medium (2,243,171,520 parameters, no T5, which the release makes optional; one pair at 512 px,
+nothing recomputed, 2 CPU cores, 2026-11-22): planned peak 10.257 GB, MemTracker 10.246 GB, the
+whole process 15.46 GB.
+
 ## Declaring a layout
 
 A pipeline without a family is described in the recipe; no Python is needed. What its prompts become

@@ -32,6 +32,7 @@ class Killer:
 
     def __init__(self, folder: str, at: int, note: str) -> None:
         self.folder, self.left = folder, at
+        self.told: list[str] = []
         self.note = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def __call__(self, event: str, args: Any) -> None:
@@ -42,6 +43,7 @@ class Killer:
 
     def count(self, event: str) -> None:
         self.left -= 1
+        self.told.append(event)
         if self.left == 0:
             os.write(self.note, f"{event}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
@@ -83,6 +85,18 @@ def run(job: dict[str, Any]) -> None:
         Path(job["note"]).with_suffix(".modules").write_text("\n".join(sys.modules))
 
 
+def call(job: dict[str, Any]) -> None:
+    """Run a verb of the command line in this process; a run that ends lists its events."""
+    from t2i_align.cli import build_app
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # exit codes go there
+    killer = Killer(job["folder"], job["at"], job["note"])
+    sys.addaudithook(killer)
+    build_app()(job["words"], standalone_mode=False)
+    Path(job["note"]).with_suffix(".events").write_text("\n".join(killer.told))
+    Path(job["note"]).with_suffix(".modules").write_text("\n".join(sys.modules))
+
+
 def learn(note: Path) -> None:
     """Import what a run that has ended had imported, so that the next one need not."""
     import contextlib
@@ -105,7 +119,8 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                run(json.loads(line))
+                job = json.loads(line)
+                (call if "words" in job else run)(job)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -129,8 +144,15 @@ class Runs:
 
     def train(self, recipe: Path, note: Path, *overrides: str, kill_at: int = 0) -> int:
         """Run a recipe; its exit code, -9 when it was killed."""
-        assert self.process.stdin is not None and self.process.stdout is not None
         job = {"recipe": str(recipe), "overrides": overrides, "at": kill_at, "note": str(note)}
+        return self._ask(job)
+
+    def verb(self, words: list[str], folder: Path, note: Path, kill_at: int = 0) -> int:
+        """Run a verb that writes to a folder; its exit code, -9 when it was killed."""
+        return self._ask({"words": words, "folder": str(folder), "at": kill_at, "note": str(note)})
+
+    def _ask(self, job: dict[str, Any]) -> int:
+        assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 

@@ -8,13 +8,14 @@ what kind of tensor the trained parameters are.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(folder: Path, recipes: Sequence[Path], num: int = 2) -> list[tuple[int, str]]:
+def start(
+    folder: Path, recipes: Sequence[Path], num: int = 2, *, cpu: bool = True, seconds: float = 280
+) -> list[tuple[int, str]]:
     """Run this module in ``num`` processes; exit code and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,8 +34,10 @@ def start(folder: Path, recipes: Sequence[Path], num: int = 2) -> list[tuple[int
     shared = {
         **os.environ,
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num)},
-        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        "OMP_NUM_THREADS": "1",
     }
+    if cpu:
+        shared |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.ranks", str(folder), *map(str, recipes)],
@@ -45,7 +50,7 @@ def start(folder: Path, recipes: Sequence[Path], num: int = 2) -> list[tuple[int
         for rank in range(num)
     ]
     try:
-        said = [p.communicate(timeout=280)[0] for p in processes]
+        said = [p.communicate(timeout=seconds)[0] for p in processes]
     finally:
         for p in processes:
             p.kill()
@@ -60,8 +65,9 @@ def exchanges(rank: int) -> dict[str, Any]:
 
     accelerator = Accelerator()
     stats = RankStats(accelerator)
-    mine = torch.arange(3.0) + 10 if rank == 0 else torch.zeros(0)
-    rows = torch.full((1 + rank, 2), float(rank))
+    here = accelerator.device
+    mine = torch.arange(3.0, device=here) + 10 if rank == 0 else torch.zeros(0, device=here)
+    rows = torch.full((1 + rank, 2), float(rank), device=here)
     engine = Engine.__new__(Engine)  # what it gathers needs no model
     engine.accelerator = accelerator
     metrics = {"loss": [torch.tensor([1.0 + rank])]} | ({} if rank else {"only": [mine]})
@@ -74,14 +80,14 @@ def exchanges(rank: int) -> dict[str, Any]:
     }
 
 
-def watched(recipe: Path, rank: int) -> None:
-    """Train, noting draws and parameters."""
-    from rich.console import Console
+@contextlib.contextmanager
+def noting() -> Iterator[tuple[list[Any], set[str]]]:
+    """Note every micro-batch trained on, and the kinds of the network's parameters.
 
-    from t2i_align.recipe import load_recipe
+    A micro-batch is its records, the sum of its noise minus data, and that of each of its items.
+    """
     from t2i_align.train.engine import Engine
     from t2i_align.train.offline import StoredFeed
-    from t2i_align.train.run import train_one
 
     drawn: list[Any] = []
     kinds: set[str] = set()
@@ -90,7 +96,8 @@ def watched(recipe: Path, rank: int) -> None:
     def next_one(self: StoredFeed) -> Any:
         found = real_next(self)
         assert found.event.target is not None  # noise minus data
-        drawn.append([list(found.record_ids), float(found.event.target.double().sum())])
+        items = found.event.target.double().flatten(1).sum(1)
+        drawn.append([list(found.record_ids), float(items.sum()), items.tolist()])
         return found
 
     def step(self: Engine, records: int) -> float:
@@ -99,11 +106,30 @@ def watched(recipe: Path, rank: int) -> None:
 
     StoredFeed.next, Engine.step = next_one, step
     try:
-        train_one(load_recipe(recipe), Console(file=io.StringIO()))
+        yield drawn, kinds
     finally:
         StoredFeed.next, Engine.step = real_next, real_step
+
+
+def watched(recipe: Path, rank: int) -> None:
+    """Train, noting draws and parameters."""
+    from rich.console import Console
+
+    from t2i_align.recipe import load_recipe
+    from t2i_align.train.run import train_one
+
+    forget_precision()
+    with noting() as (drawn, kinds):
+        train_one(load_recipe(recipe), Console(file=io.StringIO()))
     facts = {"drawn": drawn, "kinds": sorted(kinds)}
     recipe.with_suffix(f".rank-{rank}.json").write_text(json.dumps(facts))
+
+
+def forget_precision() -> None:
+    """Let the next run have a precision of its own, in the same process group."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
 
 
 def main(folder: Path, recipes: list[Path]) -> None:

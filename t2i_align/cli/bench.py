@@ -1,4 +1,4 @@
-"""``t2i-align bench``: measurements that compare ways to train, in one run."""
+"""``t2i-align bench``: what ways to train give and cost, measured."""
 
 from __future__ import annotations
 
@@ -75,6 +75,9 @@ def train(
             f"--precision, --device: got '{precision}' and '{device}'",
             "give no or bf16, and cpu or cuda",
         )
+    from t2i_align.cli.quiet import hush
+
+    hush()
     from t2i_align.train.bench import Bench, markdown, notes
     from t2i_align.train.bench_step import Settings
 
@@ -85,3 +88,64 @@ def train(
     print_rows(f"{out}: one step of each layout", measured.table())
     for note in notes(measured):
         typer.echo(note)
+
+
+@bench.command()
+def start(
+    recipe: Annotated[
+        str, typer.Option(help="A YAML file, or the name of a shipped recipe.")
+    ] = "scenes_dpo",
+    out: Annotated[Path, typer.Option(help="Folder of the measurement.")] = Path(
+        "outputs/bench_start"
+    ),
+    runs: Annotated[int, typer.Option(min=1, help="Warm starts, after one not counted.")] = 5,
+    bound: Annotated[float, typer.Option(min=0, help="Seconds that a start may take.")] = 10.0,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value for the recipe.")
+    ] = None,
+) -> None:
+    """From `t2i-align train` to its first optimizer step: seconds by stage, and of imports."""
+    from t2i_align.cli.show import print_rows
+    from t2i_align.train.bench_start import bench as run
+    from t2i_align.train.bench_start import notes
+
+    found = run(out, recipe, override or [], runs, bound)
+    print_rows(f"{recipe}: seconds to the first step, medians", found["stages"])
+    for note in notes(found):
+        typer.echo(note)
+
+
+@bench.command()
+def step(
+    recipe: Annotated[
+        str, typer.Option(help="A YAML file, or the name of a shipped recipe.")
+    ] = "scenes_dpo",
+    out: Annotated[Path, typer.Option(help="Folder of the measurement.")] = Path(
+        "outputs/bench_step"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a process.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each variant, in turns.")] = 1,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="section.key=value beside the recipe, several in quotes; repeatable."),
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value for the recipe.")
+    ] = None,
+) -> None:
+    """A recipe's step: seconds and FLOPs by phase, kinds of operations, other settings beside."""
+    from t2i_align.cli.quiet import hush
+    from t2i_align.cli.show import print_rows
+    from t2i_align.train.bench_recipe import Job, tables
+    from t2i_align.train.bench_recipe import bench as run
+
+    job = Job(recipe, tuple(override or ()), steps, profiled=True)
+    found = run(out, job, variant or [], rounds, hush)
+    title = f"{recipe}: {found['records']} records a step, {found['seconds']:.3f} s"
+    title += f", the fastest {found['fastest']:.3f}"
+    for name, rows in tables(found).items():
+        print_rows(f"{title}: {name}", rows)
+    typer.echo(
+        f"{found['date']}, {found['device']}, {found['cores']} CPU cores, "
+        f"{found['threads']} threads, torch {found['torch']}"
+    )

@@ -113,13 +113,15 @@ def prune(
     root = cache_folder.root_of(folder)
     names = set().union(*(_spaces(recipe) for recipe in keep or ()))
     found = cache_folder.needless(root, names, lambda p: cache_folder.rests_on(p, names))
-    total = sum(map(cache_folder.size_of, found))
+    others = cache_folder.leftovers(root, found)
+    total = sum(map(cache_folder.size_of, [*found, *others]))
     for path in found:
         typer.echo(f"{path.relative_to(root)}: {megabytes(cache_folder.size_of(path))}")
-        if yes:
-            cache_folder.remove(path)
+    for path in [*found, *others] if yes else ():
+        cache_folder.remove(path)
     verb = "deleted" if yes else "would be deleted"
-    typer.echo(f"{len(found)} {verb}, {megabytes(total)}" + ("" if yes else "; do it with --yes"))
+    text = f"{len(found)} {verb}, and {len(others)} files of manifests and notes on what is gone"
+    typer.echo(f"{text}: {megabytes(total)}" + ("" if yes else "; do it with --yes"))
 
 
 def _spaces(name: str) -> set[str]:

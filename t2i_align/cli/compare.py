@@ -20,7 +20,7 @@ def compare(
     """Compare two evaluations on the same prompts and noise: differences with paired intervals."""
     from t2i_align.cli.show import print_json, print_rows
     from t2i_align.evaluate.compare import compare as paired
-    from t2i_align.evaluate.compare import table
+    from t2i_align.evaluate.compare import mcnemar_line, table
 
     result = paired(before, after, despite or ())
     if as_json:
@@ -28,3 +28,6 @@ def compare(
         return
     odd = "".join(f" ({text})" for text in result["despite"])
     print_rows(f"{before} -> {after}{odd}", table(result))
+    said = mcnemar_line(result)
+    if said is not None:
+        typer.echo(said)

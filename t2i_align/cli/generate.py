@@ -22,7 +22,12 @@ def generate(
         str | None, typer.Option(help="unet/ or transformer/ folder of a full fine-tuning run.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
-    resolution: Annotated[int, typer.Option(min=16, help="Side in pixels.")] = 512,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, help="Side in pixels; left out: 512.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HxW in pixels, e.g. 768x1344, where it is not square.")
+    ] = None,
     num_frames: Annotated[int, typer.Option(min=1, help="Video: frames of a clip.")] = 1,
     frame_rate: Annotated[float, typer.Option(min=0.1, help="Video: frames a second.")] = 25.0,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 30,
@@ -46,7 +51,6 @@ def generate(
 
     from t2i_align.cli.quiet import hush
     from t2i_align.errors import UserError
-    from t2i_align.generators.diffusers_family import DiffusersGenerator
     from t2i_align.generators.diffusers_options import DiffusersOptions
     from t2i_align.rollout import generate as sampling
 
@@ -54,16 +58,18 @@ def generate(
     texts = list(prompt or []) + (sampling.read_prompts(prompts) if prompts else [])
     if not texts:
         raise UserError("generate needs prompts", "give --prompt TEXT or --prompts FILE")
+    sides = None if size is None else sampling.read_size(size, resolution)
     options = DiffusersOptions(
         name_or_path=model,
         revision=revision,
-        resolution=resolution,
+        resolution=max(16, min(sides)) if sides else resolution or 512,
+        sample_size=sides,
         num_frames=num_frames,
         frame_rate=frame_rate,
         dtype=dtype,
         max_sequence_length=max_sequence_length,
     )
-    generator = DiffusersGenerator(options, "cuda" if torch.cuda.is_available() else "cpu")
+    generator = sampling.opened(options, "cuda" if torch.cuda.is_available() else "cpu")
     sampling.load_weights(generator, lora, denoiser)
     settings = sampling.Settings(
         num_inference_steps,

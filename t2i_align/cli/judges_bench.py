@@ -36,7 +36,8 @@ def bench(
 ) -> None:
     """Pairwise accuracy on published human preferences, by the set's own tie rule and all others.
 
-    The rule is part of the number: see t2i_align/evaluate/tie_rules.py.
+    Where people rated pictures also Pearson's r, Kendall's tau-b and the accuracy with ties, of
+    GenAI-Bench by skill too. The rule is part of the number: see t2i_align/evaluate/tie_rules.py.
     """
     import torch
     from rich.console import Console
@@ -116,11 +117,16 @@ def _show(reports: list[dict[str, Any]]) -> None:
     print_rows("by every rule", [row | {"acc_eq": b} for row, b in zip(rules, best, strict=True)])
     rated = [r for r in reports if "ratings" in r]
     if rated:
-        print_rows(
-            "ratings, all pictures",
-            [
-                {"name": r["judge"]}
-                | {k: number(v) if isinstance(v, float) else v for k, v in r["ratings"].items()}
-                for r in rated
-            ],
-        )
+        rows = [{"name": r["judge"]} | _cells(r["ratings"]) for r in rated]
+        print_rows("ratings, all pictures", rows)
+    for r in rated:
+        parts = r.get("ratings_by_part", {})
+        if parts:
+            rows = [{"name": part} | _cells(found) for part, found in parts.items()]
+            print_rows(f"ratings by part, {r['judge']}", rows)
+
+
+def _cells(found: dict[str, Any]) -> dict[str, Any]:
+    from t2i_align.evaluate.scoring import number
+
+    return {k: v if isinstance(v, int) else number(v) for k, v in found.items()}

@@ -126,12 +126,17 @@ def pairs(
 def captions(
     out: File,
     pairs: Annotated[list[Path], typer.Option(help="Pair file of own samples; repeatable.")],
+    own: Annotated[
+        bool, typer.Option("--own", help="Right and wrong picture, each under what it shows.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Put every right picture of pair files under its prompt and under a false one."""
     from t2i_align.scenes.captions import build_captions
 
-    typer.echo(f"{build_captions(pairs, out, seed)} pictures with two captions in {out}")
+    num = build_captions(pairs, out, seed, own=own)
+    what = "pairs of captioned pictures" if own else "pictures with two captions"
+    typer.echo(f"{num} {what} in {out}")
 
 
 @scenes.command()

@@ -24,12 +24,15 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe; continue with train.resume_from_checkpoint=latest."""
-    import torch
-
     from t2i_align.cli.quiet import hush
-    from t2i_align.recipe import load_recipe
-    from t2i_align.train.distributed import Launch, explained, launch
-    from t2i_align.train.run import train as run
+    from t2i_align.later import importing
+
+    with importing():
+        import torch
+
+        from t2i_align.recipe import load_recipe
+        from t2i_align.train.distributed import Launch, explained, launch
+        from t2i_align.train.run import train as run
 
     hush()
     options = load_recipe(recipe, overrides or (), cuda=torch.cuda.is_available())

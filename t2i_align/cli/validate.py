@@ -37,9 +37,10 @@ def validate(
     if as_json:
         facts = {"recipe": recipe, "ok": True, "fingerprint": loaded.fingerprint()}
         facts |= {"plan": found.to_dict(), "buckets": buckets, "checks": _checks(notes)}
+        facts |= {"deepspeed": _deepspeed(loaded)}
         print_json(facts | {"notes": _plain(list(chain(*notes.values())))})
         return
-    _print(recipe, [*found.rows(), *shape_rows(buckets)], notes)
+    _print(recipe, [*found.rows(), *shape_rows(buckets), *_shared(loaded), *_doubt(loaded)], notes)
 
 
 def _print(recipe: str, rows: list[tuple[str, str]], notes: Notes) -> None:
@@ -56,6 +57,30 @@ def _print(recipe: str, rows: list[tuple[str, str]], notes: Notes) -> None:
     for note in chain(*notes.values()):
         console.print(f"on this machine: {note}", style="yellow", markup=False)
     console.print("the recipe is valid" + (", but would not train here" if notes else ""))
+
+
+def _deepspeed(recipe: Any) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, where the run has one."""
+    from t2i_align.train.zero import config
+
+    return config(recipe.train) if recipe.train.distributed.backend == "deepspeed" else None
+
+
+def _shared(recipe: Any) -> list[tuple[str, str]]:
+    """How processes share the run, where they do not each hold all of it."""
+    import json
+
+    backend, ours = recipe.train.distributed.backend, _deepspeed(recipe)
+    rows = [("processes", f"{backend}; the memory above is of a process that holds everything")]
+    return rows[: backend != "ddp"] + ([("deepspeed", json.dumps(ours))] if ours else [])
+
+
+def _doubt(recipe: Any) -> list[tuple[str, str]]:
+    """That the model may be a few-step distilled one, where something says so."""
+    from t2i_align.checks_model import distilled_warning
+
+    warning = distilled_warning(recipe)
+    return [] if warning is None else [("warning", warning)]
 
 
 def _notes(recipe: Any) -> Notes:

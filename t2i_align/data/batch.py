@@ -203,6 +203,20 @@ class Prepared:
             record_ids=tuple(row.id for row in rows),
         )
 
+    def names(
+        self,
+        picks: Sequence[tuple[int, int]],
+        *,
+        run_seed: int,
+        coupling: Coupling,
+        empty_prompts: float,
+    ) -> tuple[Seeds, list[dict[str, str]]]:
+        """What :meth:`batch` would hold, by name: seeds, and keys of its items; nothing is read."""
+        rows = [self.manifest[index] for index, _ in picks]
+        slots = self._slots(rows, [draw for _, draw in picks])
+        seeds = item_seeds(run_seed, [(s.row.id, s.draw, s.item) for s in slots], coupling)
+        return seeds, [self._facts(slot, run_seed, empty_prompts) for slot in slots]
+
     def _slots(self, rows: list[ManifestRow], draws: list[int]) -> list[_Slot]:
         slots = [
             _Slot(record, item, draw, row)
@@ -216,17 +230,23 @@ class Prepared:
     def _sample(self, slots: list[_Slot], run_seed: int, empty_prompts: float) -> Sample:
         states, conds, metas = [], [], []
         for slot in slots:
-            row = slot.row
-            variant = variant_at(row.size, self._variant(run_seed, row.id, slot.draw))
-            key = media_key(row.keys[slot.item], variant)
-            dropped = uniform01(run_seed, row.id, slot.draw, "caption") < empty_prompts
-            text = prompt_key("") if dropped else row.prompt_keys[slot.item]
-            states.append(self.media.get(key))
-            conds.append(self._cond(text))
-            facts = {"record_id": row.id, "prompt": row.prompts[slot.item]}
-            facts |= {"media_key": key, "prompt_key": text}  # what a reference cache knows it by
-            metas.append(self.media.meta(key) | facts)
+            facts = self._facts(slot, run_seed, empty_prompts)
+            states.append(self.media.get(facts["media_key"]))
+            conds.append(self._cond(facts["prompt_key"]))
+            metas.append(self.media.meta(facts["media_key"]) | facts)
         return self.generator.assemble(states, conds, metas)
+
+    def _facts(self, slot: _Slot, run_seed: int, empty_prompts: float) -> dict[str, str]:
+        """An item's record and prompt, and the keys that a reference cache knows it by."""
+        row = slot.row
+        variant = variant_at(row.size, self._variant(run_seed, row.id, slot.draw))
+        dropped = uniform01(run_seed, row.id, slot.draw, "caption") < empty_prompts
+        return {
+            "record_id": row.id,
+            "prompt": row.prompts[slot.item],
+            "media_key": media_key(row.keys[slot.item], variant),
+            "prompt_key": prompt_key("") if dropped else row.prompt_keys[slot.item],
+        }
 
     def _variant(self, run_seed: int, record_id: str, draw: int) -> str:
         variants = self.generator.media_variants()

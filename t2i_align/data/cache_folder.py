@@ -6,21 +6,23 @@
 
 Names of spaces are hashes, so every run notes what it used under ``uses``; they are for people and
 decide nothing. Shards carry a hash of their contents (``data/cache.py``). Pruning compares names of
-spaces with those that given recipes would use, and leaves manifests alone: one whose shards are
-gone is rebuilt by the next run.
+spaces with those that given recipes would use. A manifest goes with the first of its spaces, a note
+with the last; a manifest of an earlier version, which names no spaces, when no space is left.
+Judges' numbers (``labels/``) stay: they may have cost more than anything else here.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.cache import NO_HASH, atomic, make_folder, problem_of
-from t2i_align.data.manifest import digest
+from t2i_align.data.cache import NO_HASH, STALE_SECONDS, atomic, make_folder, problem_of
+from t2i_align.data.manifest import digest, spaces_in
 from t2i_align.data.prepare import VERSION
 from t2i_align.data.reference_cache import PREFIX, facts_in
 from t2i_align.errors import DataError
@@ -99,22 +101,22 @@ def note_use(root: Path, output_dir: str, model: str, names: Collection[str]) ->
             temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def uses(root: Path) -> list[dict[str, Any]]:
-    """All notes that can be read."""
-    found = []
+def uses(root: Path) -> dict[Path, dict[str, Any]]:
+    """All notes that can be read, by file."""
+    found = {}
     for path in sorted((root / "uses").glob("*.json")):
         try:
             note = loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(note, dict) and isinstance(note.get("spaces"), list):
-            found.append(note)
+            found[path] = note
     return found
 
 
 def inspect(root: Path) -> list[Space]:
     """All spaces, from the headers of their shards."""
-    notes = uses(root)
+    notes = list(uses(root).values())
     return [_inspected(path, notes) for path in spaces(root)]
 
 
@@ -197,6 +199,19 @@ def needless(root: Path, names: Collection[str], wanted: Callable[[Path], bool])
         keep = wanted(space) if space.name.startswith(PREFIX) else space.name in names
         found += space.glob(BROKEN) if keep else [space]
     return found
+
+
+def leftovers(root: Path, gone: Collection[Path]) -> list[Path]:
+    """Manifests and notes that are of no use once some spaces are gone, and old torn ones."""
+    left = {space.name for space in spaces(root) if space not in gone}
+    found: list[Path] = []
+    for report in sorted((root / "manifests").glob("*.json")):
+        names = spaces_in(report)
+        if not left.issuperset(names) or not (names or left):
+            found += [path for path in (report, report.with_suffix(".arrow")) if path.is_file()]
+    found += [path for path, note in uses(root).items() if left.isdisjoint(note["spaces"])]
+    torn = [path for kind in ("manifests", "uses") for path in (root / kind).glob(".*.tmp")]
+    return found + [p for p in torn if time.time() - p.stat().st_mtime > STALE_SECONDS]
 
 
 def rests_on(space: Path, names: Collection[str]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from t2i_align.plain_json import loads
 
 FORMAT = 1
 CHUNK_ROWS = 4096
+SPACES = "spaces"  # in the report's file, beside the report
 
 
 def digest(value: Any) -> str:
@@ -117,13 +119,14 @@ class Writer:
     Args:
         path: of the manifest.
         bucketed: every row has a size.
+        spaces: folders of the stores that its keys are of; for whoever clears a cache.
     """
 
-    def __init__(self, path: Path, *, bucketed: bool = False) -> None:
+    def __init__(self, path: Path, *, bucketed: bool = False, spaces: Sequence[str] = ()) -> None:
         """Open the temporary file."""
         import pyarrow as pa
 
-        self.path = path
+        self.path, self.spaces = path, list(spaces)
         self._schema = _schema(bucketed=bucketed)
         self.num_rows = 0
         self._rows: list[dict[str, Any]] = []
@@ -154,7 +157,8 @@ class Writer:
             self._sink.close()
             self._file.close()
         with atomic(_report_path(self.path)) as temporary:
-            temporary.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+            facts = report.to_dict() | {SPACES: self.spaces}
+            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         with saving(self.path):
             commit(self._temporary, self.path)
 
@@ -168,12 +172,23 @@ def _report_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def spaces_in(report: Path) -> list[str]:
+    """The stores that a manifest is of, by its report; empty where that does not say."""
+    try:
+        found = loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = found.get(SPACES) if isinstance(found, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
 def load(path: Path) -> tuple[Manifest, Report] | None:
     """A complete manifest and its report, or None when there is none or it cannot be read."""
     import pyarrow as pa
 
     try:
         facts = loads(_report_path(path).read_text(encoding="utf-8"))
+        facts.pop(SPACES, None)
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         facts["skipped"] = [(name, reason) for name, reason in facts["skipped"]]
         return Manifest(table), Report(**facts)

@@ -115,7 +115,8 @@ def prepare(
         found = manifests.load(path)
         settled = found is not None and found[1].num_skipped == 0 and not found[1].by_path
         if found is None or not settled or not _complete(found[0], generator, media, text):
-            writer = Writer(path, bucketed=build.buckets is not None)
+            folders = [store.folder.name for store in (media, text)]
+            writer = Writer(path, bucketed=build.buckets is not None, spaces=folders)
             _pass(source, layout, pairing, build, writer, console)
             found = manifests.load(path)
             assert found is not None, path

@@ -2,8 +2,9 @@
 
 A clip becomes its first ``num_frames`` consecutive frames. Every other rule (evenly spaced, random)
 plays a long clip faster than it was filmed, and how things move is what clips are judged for.
-Shorter clips are refused: padding would be learned. A picture is a clip of one frame, and an
-animated GIF, WebP or PNG is a clip too.
+Shorter clips are refused, since padding would be learned, unless the caller leaves it out of the
+score (generators/clip_masks.py). A picture is a clip of one frame, and an animated GIF, WebP or PNG
+is a clip too.
 
 Opening is bounded: bytes, pixels a frame by the header, and no frame is decoded beyond those that
 are used; frames are fitted one by one, so memory holds one of full size. Containers that name other
@@ -45,6 +46,8 @@ def load_clip(
     crop: Literal["center", "random"],
     seed_key: str,
     flip: bool,
+    *,
+    whole: bool = True,
 ) -> tuple[Tensor, SizeInfo]:
     """A tensor of one shape from a clip of any.
 
@@ -56,6 +59,7 @@ def load_clip(
         crop: as there.
         seed_key: as there.
         flip: as there.
+        whole: refuse a clip of fewer frames, else all it has are given.
 
     Returns:
         Pixels ``(3, F, h, w)`` float32 in [-1, 1], and the size conditions.
@@ -65,7 +69,7 @@ def load_clip(
     """
     with closing(frames(data)) as stream:
         fitted = [fit(x, size, crop, seed_key, flip) for x in islice(stream, num_frames)]
-    if len(fitted) < num_frames:
+    if not fitted or (whole and len(fitted) < num_frames):
         some = "1 frame" if len(fitted) == 1 else f"{len(fitted)} frames"
         raise MediaError(f"a clip of {some}; model.num_frames asks for {num_frames}")
     sizes = {info for _, info in fitted}

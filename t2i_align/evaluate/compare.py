@@ -254,3 +254,9 @@ def bounds(gain: Mapping[str, Any], single: Sequence[str] = ()) -> str:
     if gain["low"] is None:
         return f"none: one prompt ({', '.join(single)})" if single else "none: one prompt"
     return f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+
+
+def mcnemar_line(result: Mapping[str, Any]) -> str | None:
+    """McNemar's test of all pictures in a sentence; None where scores are no verdicts."""
+    p = result["overall"]["mcnemar_p"]
+    return None if p is None else f"McNemar's exact test over all pictures: p = {p:.2g}"

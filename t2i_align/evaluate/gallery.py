@@ -240,7 +240,7 @@ def picture(folder: Path, row: dict[str, Any], side: str) -> Picture:
     name = "counting_threshold" if row["tag"] == "counting" else "threshold"
     protocol = read_object(folder / "protocol.json").get("protocol", {})
     threshold = protocol.get(name, DEFAULTS.model_dump()[name])
-    boxes = [box_of(d, d.score > threshold, size) for d in found]
+    boxes = boxes_of(found, threshold, size)
     correct = row["correct"]
     return Picture(
         side,
@@ -276,22 +276,49 @@ def address(file: Path) -> tuple[str, tuple[int, int]]:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}", size
 
 
-def box_of(found: Detection, counted: bool, size: tuple[int, int]) -> Box:
+def boxes_of(found: Sequence[Detection], threshold: float, size: tuple[int, int]) -> list[Box]:
+    """Detections as they are drawn; labels keep clear of each other where there is room.
+
+    Args:
+        found: detections.
+        threshold: what counts scores more; only that has a label.
+        size: width and height of the picture.
+    """
+    boxes: list[Box] = []
+    for detection in found:
+        labels = [b for b in boxes if b.counted]
+        boxes.append(box_of(detection, detection.score > threshold, size, labels))
+    return boxes
+
+
+def box_of(
+    found: Detection, counted: bool, size: tuple[int, int], others: Sequence[Box] = ()
+) -> Box:
     """A detection with a label that stays inside the picture: above its box, else below, else in.
 
     Args:
         found: the detection.
         counted: whether the benchmark keeps it.
         size: width and height of the picture.
+        others: whose labels are there already.
     """
     x1, y1, x2, y2 = found.box
     label = " ".join(p for p in (found.color, found.cls, f"{found.score:.2f}") if p)
     font = FONT * size[0]
     left = max(0.0, min(x1, size[0] - ADVANCE * font * len(label)))
-    if y1 >= font * 1.2:
-        line = y1 - 0.3 * font
-    elif y2 + 1.1 * font <= size[1]:
-        line = y2 + 0.95 * font
-    else:
-        line = y1 + 1.1 * font
-    return Box(x1, y1, x2 - x1, y2 - y1, label, counted, (round(left, 2), round(line, 2)))
+    lines = [y1 - 0.3 * font] if y1 >= font * 1.2 else []
+    lines += [y2 + 0.95 * font] if y2 + 1.1 * font <= size[1] else []
+    lines += [y1 + 1.1 * font, (y1 + y2) / 2, y2 - 0.3 * font]
+    made = [
+        Box(x1, y1, x2 - x1, y2 - y1, label, counted, (round(left, 2), round(line, 2)))
+        for line in lines
+    ]
+    return next((b for b in made if not any(_collide(b, o, font) for o in others)), made[0])
+
+
+def _collide(a: Box, b: Box, font: float) -> bool:
+    """Whether two labels lie over each other."""
+    first, second = (min((a, b), key=lambda x: x.text), max((a, b), key=lambda x: x.text))
+    return second.text[0] - first.text[0] < ADVANCE * font * len(first.label) and (
+        abs(a.text[1] - b.text[1]) < font
+    )

@@ -8,7 +8,7 @@ not score are left out and counted. Where people rated pictures there are correl
 
     Pearson's r and Kendall's tau-b of numbers and mean ratings over all pictures, and the accuracy
     with ties over every two pictures of the set, prompts mixed, as t2v_metrics computes them for
-    GenAI-Bench (Lin et al. 2024, arXiv:2404.01291)
+    GenAI-Bench (Lin et al. 2024, arXiv:2404.01291); of its skills too, and of their union
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Measured:
         values: ``(n,)`` of every picture, in the order of the set; NaN of a judge of pairs.
         ratings: ``(n,)`` mean ratings, empty where people did not rate.
         reasons: why pictures failed.
+        parts: ``(n,)`` the parts of the set each picture belongs to.
     """
 
     names: list[str]
@@ -62,6 +63,7 @@ class Measured:
     values: Floats
     ratings: Floats
     reasons: list[str]
+    parts: list[tuple[str, ...]]
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -121,7 +123,7 @@ def measure(
         both_orders: whether to ask in both orders.
         advance: told how many pictures are done.
     """
-    names, prompts, human, ratings, reasons = [], [], [], [], []
+    names, prompts, human, ratings, reasons, parts = [], [], [], [], [], []
     margins: list[Floats] = []
     values: list[Floats] = []
     for part in _chunks(groups):
@@ -137,10 +139,12 @@ def measure(
             names += [group.name] * len(group.pairs)
             prompts += [group.prompt] * len(group.pairs)
             ratings += group.ratings
+            parts += [group.parts] * len(group.media)
         advance(sum(len(g.media) for g in part))
     flat = np.concatenate(values) if values else np.zeros(0)
     rows = np.concatenate(margins, 1) if margins else np.zeros((1, 0))
-    return Measured(names, prompts, rows, np.array(human, float), flat, np.array(ratings), reasons)
+    signs, rated = np.array(human, float), np.array(ratings)
+    return Measured(names, prompts, rows, signs, flat, rated, reasons, parts)
 
 
 def _chunks(groups: Iterable[Group]) -> Iterator[list[Group]]:
@@ -209,7 +213,8 @@ def report(
     Returns:
         ``pairs``, ``failed``, ``human_ties``, ``judge_ties``; ``rule``, ``averaged``, ``width``,
         ``accuracy``, ``low``, ``high``; ``rules`` name -> accuracy (None: no pair counts);
-        ``acc_eq`` {accuracy, width}; ``ratings`` where there are any.
+        ``acc_eq`` {accuracy, width}; ``ratings`` where there are any, and ``ratings_by_part``
+        where the set has parts.
     """
     known = measured.known
     human = measured.human[known]
@@ -230,6 +235,8 @@ def report(
     out["acc_eq"] = asdict(acc_eq(margins[0], human))
     if len(measured.ratings) and not np.isnan(measured.values).all():
         out["ratings"] = rating_agreement(measured.values, measured.ratings)
+        by_part = agreement_by_part(measured.values, measured.ratings, measured.parts)
+        out |= {"ratings_by_part": by_part} if by_part else {}
     return out
 
 
@@ -292,4 +299,28 @@ def rating_agreement(values: Floats, ratings: Floats) -> dict[str, float | None]
         "kendall": tau,
         "acc_eq": best.accuracy,
         "width": best.width,
+    }
+
+
+def agreement_by_part(
+    values: Floats, ratings: Floats, parts: Sequence[Sequence[str]]
+) -> dict[str, dict[str, float | None]]:
+    """:func:`rating_agreement` of each part's pictures, and of ``all`` that belong to any.
+
+    Args:
+        values: ``(n,)`` of the judge, NaN where it failed.
+        ratings: ``(n,)`` mean ratings.
+        parts: ``(n,)`` names of the parts of each picture.
+
+    Returns:
+        Parts with two scored pictures or more, in the order they come; nothing without parts.
+    """
+    names = dict.fromkeys(name for own in parts for name in own)
+    inside = {name: np.array([name in own for own in parts]) for name in names}
+    inside |= {"all": np.array([bool(own) for own in parts])} if names else {}
+    known = ~np.isnan(values)
+    return {
+        name: rating_agreement(values[chosen], ratings[chosen])
+        for name, chosen in inside.items()
+        if (chosen & known).sum() > 1
     }

@@ -6,7 +6,8 @@
     hpdv3        test.json: prompt, path1 (preferred), path2; pictures in images/ or as written
     mjbench      <split>.parquet or .json: caption, image0, image1, label (0 or 1: the better)
     mmrb2        t2i.json: pairs with prompt_content, response_a, response_b, chosen (A or B)
-    genai_bench  genai_image.json: prompt, models -> ratings of three people; <model>/<id>.jpeg
+    genai_bench  genai_image.json: prompt, models -> ratings of three people; <model>/<id>.jpeg;
+                 genai_skills.json, where it is there: skill -> prompts
 
 The pictures of HPDv2 and ImageReward are ranked, those of GenAI-Bench rated: every two of a prompt
 make a pair. Two grades of GenAI-Bench's table are misprints (41 and 33 on a scale of 1 to 5): they
@@ -46,6 +47,7 @@ class Group:
         media: the pictures, not read yet where they are files.
         pairs: (i, j, H): H is 1 where picture i is better, -1 where j is, 0 for a tie.
         ratings: a mean rating a picture, where people rated.
+        parts: of the set that are also reported apart, e.g. the skills a prompt needs.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Group:
     media: tuple[Media, ...]
     pairs: Pairs
     ratings: tuple[float, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,23 @@ def _only_image(response: dict[str, Any], where: str) -> str:
 @_as_published
 def _genai_bench(data: Path, split: str) -> Iterator[Group]:
     file = _file(data, "genai_image.json", "genai_bench")
-    for name, row in rated_prompts(file).items():
+    table = rated_prompts(file)
+    skills = _skills(file.with_name("genai_skills.json"), list(table))
+    for name, row in table.items():
         means = tuple(mean_grade(g, f"{file}, {name}") for g in row["models"].values())
         media = tuple(_picture(file.parent, f"{m}/{name}.jpeg", ()) for m in row["models"])
-        yield Group(name, row["prompt"], media, all_pairs(means), means)
+        own = tuple(s for s, numbers in skills.items() if int(name) in numbers)
+        yield Group(name, row["prompt"], media, all_pairs(means), means, own)
+
+
+def _skills(file: Path, ids: Sequence[str]) -> dict[str, set[int]]:
+    """Numbers of the prompts of each skill; none without the file."""
+    from t2i_align.evaluate.metrics.genai import read_skills
+
+    if not file.is_file():
+        return {}
+    found = read_skills(_json(file, None), ids, str(file))
+    return {skill: set(numbers) for skill, numbers in found.items()}
 
 
 def mean_grade(grades: Sequence[int], where: str) -> float:

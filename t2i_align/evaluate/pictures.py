@@ -81,9 +81,9 @@ def save(image: Image, picture: Picture) -> None:
 
     folder = picture.file.parents[1]
     picture.file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = folder / "metadata.jsonl"
-    if not metadata.exists():
-        metadata.write_text(metadata_line(picture.item))
+    metadata, line = folder / "metadata.jsonl", metadata_line(picture.item)
+    if not metadata.is_file() or metadata.read_bytes() != line.encode():  # torn by a killed run
+        metadata.write_text(line)
     save_png(image, picture.file)
 
 

@@ -3,12 +3,14 @@
     eval/<benchmark>/published/*.yaml
 
 A table names its source and, field by field of our protocol, how its numbers were made; ``null`` is
-what the source does not say. Rows stand beside ours only where every stated field agrees; which
-fields do not, and which nobody states, is always said.
+what the source does not say. Rows stand beside ours only where every field it states is known here
+and agrees; which fields do not, and which the source leaves open, is always said.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from t2i_align.errors import RecipeError
 from t2i_align.explain import validate
 from t2i_align.options import Options
 from t2i_align.yaml_source import read
+
+HASH = re.compile("[0-9a-f]{40,}")
+LONGEST = 120  # characters of a value in a sentence
 
 
 class Row(Options):
@@ -74,22 +79,25 @@ def agreement(table: Published, protocol: Mapping[str, Any]) -> tuple[list[str],
         protocol: of our evaluation.
 
     Returns:
-        ``field: theirs; ours`` of the fields that differ, and the fields nobody states: those the
-        table leaves open, and stated ones that our protocol does not know.
+        ``field: theirs; ours`` of the fields that differ or that nobody knows here, and the fields
+        that the table leaves open.
     """
     differ, unstated = [], []
     for name, theirs in table.protocol.items():
         ours = protocol.get(name)
-        if theirs is None or ours is None:
+        if theirs is None:
             unstated.append(name)
         elif theirs != ours:
-            differ.append(f"{name}: {_short(theirs)} there, {_short(ours)} here")
+            here = "unknown" if ours is None else _short(ours)
+            differ.append(f"{name}: {_short(theirs)} there, {here} here")
     return differ, unstated
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+    """A value in a sentence: hashes by how they begin."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = json.dumps(value) if isinstance(value, dict) else text
+    return f"{text[:12]}..." if HASH.fullmatch(text) else text[:LONGEST]
 
 
 def beside(summary: Mapping[str, Any], root: Path | None = None) -> list[dict[str, Any]]:

@@ -83,6 +83,7 @@ def build_run_report(folder: Path, out: Path, *, title: str | None = None) -> Pa
         "besides": besides(folder),
         "published": [published_section(found) for found in beside(summary)],
         "tasks": galleries(folder, rows),
+        "boxed": any(row.get("detections") for row in rows),
         "facts": Section("", rows=facts(folder, summary)),
         "command": " ".join(["t2i-align", *eval_command(folder, summary)]),
     }
@@ -109,8 +110,10 @@ def numbers(summary: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
     found = []
     for task, mean in summary["tasks"].items():
         own = [r for r in rows if r["tag"] == task]
-        prompts = len({r["prompt"] for r in own})
-        found.append({"task": task, "score": mean, "pictures": len(own), "prompts": prompts})
+        counts = {"pictures": len(own), "prompts": len({r["prompt"] for r in own})}
+        if not own:  # the benchmark's tasks are no parts of its pictures, e.g. kinds of questions
+            counts = dict.fromkeys(counts)
+        found.append({"task": task, "score": mean, **counts})
     overall = summary["overall"]
     prompts = len({r["prompt"] for r in rows})
     total = {"score": overall["mean"], "pictures": len(rows), "prompts": prompts}
@@ -165,7 +168,7 @@ def _names(rows: Rows, task: str) -> tuple[str, str]:
 
 
 def _card(folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    about = f"{row.get('id', '')}, picture {row['image']}"
+    about = f"{row.get('id', '')}, picture {row.get('number', row['image'])}"
     return {"prompt": row["prompt"], "about": about, "picture": picture(folder, dict(row), "")}
 
 

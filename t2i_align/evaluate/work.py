@@ -3,13 +3,15 @@
 A piece is a function of its positions, the job and the number of threads, so it does not matter
 which process does it, and with equal threads one process and many give equal bits. One process does
 its pieces here; several are spawned, and each loads what it needs when it gets its first piece.
-Whoever started them writes; Ctrl-C lets the pieces at hand finish.
+Whoever started them writes; Ctrl-C lets the pieces at hand finish, and a killed one takes its
+processes along.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -173,6 +175,7 @@ def _begin(job: Job, num_threads: int, ranks: Any) -> None:
     from dataclasses import replace
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _set_threads(num_threads)
     rank = ranks.get()
     if job.device == "cuda":
@@ -180,6 +183,16 @@ def _begin(job: Job, num_threads: int, ranks: Any) -> None:
 
         job = replace(job, device=f"cuda:{rank % torch.cuda.device_count()}")
     _WORKERS.append(Worker(job))
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its processes; without this they would wait for it forever."""
+    from multiprocessing import connection, parent_process
+
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _do(what: str, piece: Piece) -> Any:

@@ -75,9 +75,10 @@ class AdaptOptions(Options):
     lora: LoraOptions | None = Field(
         default=None, description="LoRA options; leave out for full fine-tuning"
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: bool | Literal["auto"] = Field(
         default=False,
-        description="recompute activations in the backward pass: less memory, one more forward",
+        description="recompute activations in the backward pass: less memory, one more forward; "
+        "auto: of no more blocks than the memory plan needs, see train.memory_gb",
     )
     start_from: str | None = Field(
         default=None,

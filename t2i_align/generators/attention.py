@@ -32,6 +32,17 @@ FUNCTIONS = {
 TOLERANCE = 2e-2  # of outputs around 1 in half precision
 
 
+def computes_in(own: str, mixed_precision: str) -> torch.dtype:
+    """What attention sees: autocast's precision, else the weights'.
+
+    Args:
+        own: ``model.dtype``.
+        mixed_precision: ``train.mixed_precision``.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return half.get(mixed_precision) or getattr(torch, own)
+
+
 def _qkv(device: str, dtype: torch.dtype) -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     drawn = (torch.randn(1, 16, 2, 32, generator=rng) for _ in range(3))

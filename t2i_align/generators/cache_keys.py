@@ -42,11 +42,12 @@ def media_key(folder: Path, options: DiffusersOptions, layout: FamilyLayout) -> 
         options: the recipe's ``model`` section.
         layout: of the family.
     """
-    usual = {"codec": "image", "vae_tiling": False, "variant": None}
+    usual = {"codec": "image", "vae_tiling": False, "variant": None, "short_clips": "skip"}
     given = {
         "codec": layout.codec,
         "vae_tiling": layout.vae_tiling,
         "variant": options.variant,
+        "short_clips": _short(options),
     }
     return {
         "vae": _vae(folder, options.vae_name_or_path),
@@ -57,6 +58,12 @@ def media_key(folder: Path, options: DiffusersOptions, layout: FamilyLayout) -> 
         **({"num_frames": options.num_frames} if layout.media == "video" else {}),
         **{k: v for k, v in given.items() if v != usual[k]},
     }
+
+
+def _short(options: DiffusersOptions) -> str:
+    """Which short clips there are: given frames decide whether anything of one is scored."""
+    given = f" after {options.given_frames}" if options.given_frames else ""
+    return options.short_clips + (given if options.short_clips == "mask" else "")
 
 
 def _vae(folder: Path, other: str | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from t2i_align.generators import diffusers_folder as folders
 from t2i_align.generators.cache_keys import Facts, media_key, text_key
 from t2i_align.generators.calling import GUIDANCE, Caller, stacked, unstacked
 from t2i_align.generators.checkpointing import enable
+from t2i_align.generators.clip_masks import SCORED, scored
 from t2i_align.generators.diffusers_frozen import FrozenParts, Size
 from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.generators.diffusers_sampling import sample
@@ -86,6 +88,7 @@ class DiffusersGenerator:
         self.prediction: Prediction = prediction_of(self.layout, options, scheduler)
         self._frozen: FrozenParts | None = None
         self._views: Views | None = None
+        self.mixed_precision = "no"  # of the autocast around it, which decides what attention sees
         self.size = checked_size(options, self.layout, self.config, self.factor)
 
     def _caller(self) -> Caller:
@@ -134,7 +137,8 @@ class DiffusersGenerator:
             net = folders.load_denoiser(
                 cls, self.folder, self.layout.denoiser, self.dtype, self.options
             )
-        net = folders.prepared(net, self.options, self.device, self._cond_names())
+        names = self._cond_names()
+        net = folders.prepared(net, self.options, self.device, names, self.mixed_precision)
         if self.options.gradient_checkpointing:
             enable(net, self.layout.checkpoint_blocks)
         self._views = build_views(
@@ -212,7 +216,7 @@ class DiffusersGenerator:
 
     def load_media(self, media: Media, variant: str) -> Encoded:
         """Decode, resize, crop and maybe mirror one picture or clip; see fitting.py."""
-        return load(media, variant, self.options, self.layout)
+        return load(media, variant, self.options, self.layout, self.factor[1])
 
     def encode_media(self, loaded: Sequence[Encoded]) -> list[Encoded]:
         """VAE posterior of each image in the denoiser's latent scale.
@@ -248,6 +252,8 @@ class DiffusersGenerator:
         for key, rule in self.layout.per_image.items():
             assert rule == "sdxl_time_ids", rule
             cond[key] = torch.tensor([self._time_ids(m) for m in metas], dtype=torch.float32)
+        inside = scored(metas, self.options, self.layout, self.factor[1])
+        state |= {} if inside is None else {SCORED: inside}
         return Sample(state, cond, tuple(metas))
 
     def _time_ids(self, meta: Mapping[str, Any]) -> list[int]:
@@ -262,7 +268,9 @@ class DiffusersGenerator:
     def draw(self, sample: Sample, spec: DrawSpec, seeds: Seeds, view: View | None = None) -> Event:
         """Noise the latents, or invert them; the posterior's own noise is the noise seed's too."""
         x_0 = posterior(sample, seeds, sampled=self.options.vae_sample)
-        return draw_event(self, x_0, sample.cond, spec, seeds, view)
+        event = draw_event(self, x_0, sample.cond, spec, seeds, view)
+        inside = sample.state.get(SCORED)
+        return event if inside is None else replace(event, elem_mask=inside.to(x_0.device))
 
     def use(self, view: View) -> AbstractContextManager[nn.Module]:
         """Select a view's weights."""

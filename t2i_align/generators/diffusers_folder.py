@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from t2i_align.errors import ModelError
-from t2i_align.generators.attention import set_attention
+from t2i_align.generators.attention import computes_in, set_attention
 from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.generators.distilled import (
     EXPERTS_FIX,
@@ -28,6 +28,7 @@ from t2i_align.generators.known import KNOWN
 from t2i_align.generators.layout_checks import check_pipeline
 from t2i_align.generators.layouts import FAMILIES, FamilyLayout, declared, family_of, layout_of
 from t2i_align.generators.quantize import quantize
+from t2i_align.later import importing
 from t2i_align.plain_json import loads
 
 LOADING = (  # what a library answers a broken folder with
@@ -188,7 +189,8 @@ def denoiser_class(index: dict[str, Any], component: str) -> type[nn.Module]:
     import diffusers
 
     _library, name = index[component]
-    found = getattr(diffusers, name, None)
+    with importing():
+        found = getattr(diffusers, name, None)
     if not isinstance(found, type):
         raise ModelError(
             f"{component} is a {name}, which this diffusers {diffusers.__version__} does not have"
@@ -251,7 +253,11 @@ def load_denoiser(
 
 
 def prepared(
-    net: nn.Module, options: DiffusersOptions, device: torch.device, names: Iterable[str]
+    net: nn.Module,
+    options: DiffusersOptions,
+    device: torch.device,
+    names: Iterable[str],
+    mixed_precision: str = "no",
 ) -> nn.Module:
     """A loaded network on its device, quantised and with the attention kernel of the recipe.
 
@@ -260,6 +266,7 @@ def prepared(
         options: the recipe's ``model`` section.
         device: where it goes.
         names: of its conditioning, as far as they are known.
+        mixed_precision: of the autocast it will run in.
 
     Raises:
         ModelError: it would be trained although it is quantised, or the kernel is not usable.
@@ -272,7 +279,8 @@ def prepared(
             )
         net = quantize(net, options.quantization, device)
     masked = any("mask" in name for name in names)
-    set_attention(net, options.attention, device, DTYPES[options.dtype], masked=masked)
+    dtype = computes_in(options.dtype, mixed_precision)
+    set_attention(net, options.attention, device, dtype, masked=masked)
     return net.to(device)
 
 

@@ -15,9 +15,15 @@ from t2i_align.options import Options
 class QuantizationOptions(Options):
     """Linear layers of the frozen denoiser in few bits, under LoRA."""
 
-    type: Literal["nf4", "int8"] = Field(
+    type: Literal["nf4", "int8", "float8"] = Field(
         description="nf4: 4 bits a weight in blocks of 64 (QLoRA, arXiv:2305.14314), needs "
-        "bitsandbytes; int8: 8 bits a weight with one scale a row, activations untouched"
+        "bitsandbytes; int8: 8 bits a weight with one scale a row; float8: the same with e4m3 "
+        "numbers, needs torchao; activations are untouched"
+    )
+    backend: Literal["auto", "torchao"] = Field(
+        default="auto",
+        description="whose numbers: auto: bitsandbytes' for nf4, the suite's own for int8, "
+        "torchao's for float8; torchao: int8 by its Int8WeightOnlyConfig, too",
     )
     double_quant: bool = Field(
         default=False, description="nf4: the blocks' scales in 8 bits too, 0.4 bits a weight less"
@@ -93,7 +99,18 @@ class DiffusersOptions(AdaptOptions):
         default=1,
         ge=1,
         description="video: frames of a clip, 1 more than a multiple of the VAE's; of longer clips "
-        "the first are used, shorter ones are skipped",
+        "the first are used",
+    )
+    short_clips: Literal["skip", "mask"] = Field(
+        default="skip",
+        description="video: what becomes of clips of fewer frames. skip: left out and counted; "
+        "mask: their last frame is repeated, and what holds a repeated frame is not scored",
+    )
+    given_frames: int = Field(
+        default=0,
+        ge=0,
+        description="video: first frames that are not scored, e.g. 1 where both clips of a pair "
+        "were made from one picture",
     )
     frame_rate: float = Field(
         default=25.0,

@@ -15,6 +15,7 @@ from typing import Any
 # the words by which published few-step models call themselves
 WORDS = re.compile(r"(?<![a-z])(turbo|lightning|schnell|lcm|hyper[-_]?sd|dmd2?|tcd)(?![a-z])")
 FEW_STEP_SCHEDULERS = frozenset({"LCMScheduler", "TCDScheduler"})
+TRAILING = frozenset({"EulerDiscreteScheduler", "DDIMScheduler"})
 REFINER = "StableDiffusionXLImg2ImgPipeline"
 MEANFLOW_FIX = "train the weights it was distilled from: HunyuanImage-2.1-Diffusers"
 EXPERTS_FIX = "train a version with one denoiser: Wan 2.1, or the 5B of Wan 2.2"
@@ -88,6 +89,20 @@ def distilled_reason(model: Described) -> str | None:
     if kind == "EulerAncestralDiscreteScheduler" and spacing == "trailing":
         return f"its scheduler is {kind} with timestep_spacing trailing, as of the turbo models"
     return _flux_reason(str(model.index.get("_class_name", "")), model)
+
+
+def few_step_sampler(model: Described) -> str | None:
+    """What a scheduler's config has in common with those of distilled adapters, or None.
+
+    SDXL-Lightning is run by EulerDiscreteScheduler, Hyper-SD by DDIMScheduler, both with trailing
+    timesteps; a pipeline saved after such an adapter was merged into it keeps that. So does many a
+    plain pipeline, and models of zero terminal SNR need it: a doubt, no reason to refuse.
+    """
+    s = model.scheduler
+    trailing = s.get("timestep_spacing") == "trailing" and not s.get("rescale_betas_zero_snr")
+    if trailing and s.get("_class_name") in TRAILING:
+        return f"its scheduler is {s['_class_name']} with timestep_spacing trailing"
+    return None
 
 
 def _flux_reason(pipeline: str, model: Described) -> str | None:

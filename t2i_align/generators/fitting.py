@@ -8,6 +8,7 @@ from typing import Any
 from t2i_align.contract import Encoded, Media
 from t2i_align.data.buckets import split_variant
 from t2i_align.errors import ModelError
+from t2i_align.generators.clip_masks import REAL_FRAMES, check_given, fill
 from t2i_align.generators.diffusers_frozen import Size
 from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.generators.layouts import FamilyLayout
@@ -31,17 +32,17 @@ def checked_size(
         ModelError: what cannot be encoded, or cut into tokens, is refused.
     """
     step = factor[0] * layout.patch(config)
+    nearest = lambda side: max(side // step, 1) * step  # noqa: E731
     height, width = options.sample_size or (options.resolution, options.resolution)
-    if options.resolution % step:
-        near = max(options.resolution // step, 1) * step
-        raise ModelError(
-            f"model.resolution: {options.resolution} is not a multiple of {step}", f"use {near}"
-        )
-    if height % step or width % step or min(height, width) < step:
-        near = [max(side // step, 1) * step for side in (height, width)]
+    if options.sample_size and (height % step or width % step or min(height, width) < step):
         raise ModelError(
             f"model.sample_size: {height} x {width} are not positive multiples of {step}",
-            f"use [{near[0]}, {near[1]}]",
+            f"use [{nearest(height)}, {nearest(width)}]",
+        )
+    if options.resolution % step:
+        raise ModelError(
+            f"model.resolution: {options.resolution} is not a multiple of {step}",
+            f"use {nearest(options.resolution)}",
         )
     if layout.media == "image" and options.num_frames != 1:
         raise ModelError("model.num_frames: this family makes pictures", "remove the key")
@@ -52,6 +53,7 @@ def checked_size(
             f"model.num_frames: {options.num_frames} is not a multiple of {factor[1]}",
             f"use {options.num_frames // factor[1] * factor[1] or factor[1]}",
         )
+    check_given(options, layout, factor[1])
     return Size(height, width, options.num_frames)
 
 
@@ -68,7 +70,9 @@ def _check_frames(num_frames: int, k: int, p: int) -> None:
     raise ModelError(f"model.num_frames: {num_frames} is {rule}", f"use {' or '.join(fits)}")
 
 
-def load(media: Media, variant: str, options: DiffusersOptions, layout: FamilyLayout) -> Encoded:
+def load(
+    media: Media, variant: str, options: DiffusersOptions, layout: FamilyLayout, k: int = 1
+) -> Encoded:
     """Decode, resize, crop and maybe mirror one picture or clip.
 
     Args:
@@ -76,17 +80,23 @@ def load(media: Media, variant: str, options: DiffusersOptions, layout: FamilyLa
         variant: name of the bucket and of the augmentation.
         options: the recipe's ``model`` section.
         layout: of the family; where it generates clips, a picture is a clip of one frame.
+        k: frames a latent frame stands for.
 
     Returns:
-        Pixels ``(3, h, w)`` or ``(3, f, h, w)`` and SDXL's size conditions.
+        Pixels ``(3, h, w)`` or ``(3, f, h, w)``, SDXL's size conditions, and how many frames of a
+        shorter clip are its own.
     """
     key = str(media.meta.get("key", ""))
+    own = options.num_frames
     bucket, name = split_variant(variant)
     side, flip = bucket or options.resolution, name == "flip"
     if layout.media == "video":
         from t2i_align.data.video import load_clip
 
-        pixels, size = load_clip(media.data, options.num_frames, side, options.crop, key, flip)
+        num, cut = options.num_frames, options.short_clips == "skip"
+        pixels, size = load_clip(media.data, num, side, options.crop, key, flip, whole=cut)
+        own = pixels.shape[1]
+        pixels = pixels if own == num else fill(pixels, options, layout, k)
     else:
         from t2i_align.data.images import fit, open_image
 
@@ -96,4 +106,5 @@ def load(media: Media, variant: str, options: DiffusersOptions, layout: FamilyLa
         "crop_top_left": list(size.crop_top_left),
         "target_size": list(size.target_size),
     }
-    return Encoded({"pixels": pixels}, meta)
+    facts = {} if own == options.num_frames else {REAL_FRAMES: own}
+    return Encoded({"pixels": pixels}, meta | facts)

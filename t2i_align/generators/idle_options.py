@@ -51,3 +51,9 @@ def check_idle(options: DiffusersOptions, layout: FamilyLayout, config: Mapping[
     usual = DiffusersOptions.model_fields["frame_rate"].default
     if layout.media == "image" and options.frame_rate != usual:
         raise ModelError("model.frame_rate: this family makes pictures", REMOVE)
+    for key, asked in (
+        ("short_clips", options.short_clips != "skip"),
+        ("given_frames", options.given_frames > 0),
+    ):
+        if layout.media == "image" and asked:
+            raise ModelError(f"model.{key}: this family makes pictures", REMOVE)

@@ -184,8 +184,12 @@ class FamilyLayout:
         space, k = factor
         frames: tuple[int, ...] = ()
         if self.codec in ("clip", "frames"):
-            frames = ((num_frames - 1) // k + 1 if self.causal else num_frames // k,)
+            frames = (self.latent_frames(num_frames, k),)
         return (self.channels(config), *frames, sides[0] // space, sides[1] // space)
+
+    def latent_frames(self, num_frames: int, k: int) -> int:
+        """How many latent frames a clip fills, of which one stands for k frames."""
+        return (num_frames - 1) // k + 1 if self.causal else num_frames // k
 
     def patch(self, config: Config) -> int:
         """Latent pixels a side of one token.

@@ -3,8 +3,9 @@
     nf4   blocks of 64 weights share a scale s; a weight is s c, c one of 16 quantiles of a normal
           (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes' kernels          (1)
     int8  W_ij ~ s_i q_ij,  s_i = max_j |W_ij| / 127,  q_ij = round(W_ij / s_i)              (2)
+    ao    torchao's int8 or float8 weights, see torchao_linear.py                            (3)
 
-Both leave activations as they are and rebuild a weight where it is used, so a score is a function
+All leave activations as they are and rebuild a weight where it is used, so a score is a function
 of the item alone. (LLM.int8() rounds activations too, and which of their columns are exempt is
 decided over the whole batch: an item's likelihood would depend on its neighbours.)
 
@@ -168,8 +169,17 @@ def _planned(flat: Tensor, double: bool) -> dict[str, Tensor]:
     return parts
 
 
+def by_torchao(options: QuantizationOptions) -> bool:
+    """Whether a recipe's numbers are torchao's."""
+    return options.type == "float8" or options.backend == "torchao"
+
+
 def rounded(linear: nn.Linear, options: QuantizationOptions) -> Rounded:
     """A layer in the bits a recipe asks for, on the device the layer is on."""
+    if by_torchao(options):
+        from t2i_align.generators.torchao_linear import TorchaoLinear
+
+        return TorchaoLinear(linear, options.type)
     if options.type == "int8":
         return Int8Linear(linear)
     return Nf4Linear(linear, double=options.double_quant)
@@ -199,11 +209,13 @@ def quantize(net: nn.Module, options: QuantizationOptions, device: torch.device)
         device: where these layers are quantised and left.
 
     Raises:
-        MissingDependencyError: nf4 without bitsandbytes.
+        MissingDependencyError: nf4 without bitsandbytes, float8 without torchao.
         ModelError: no layer is left to quantise.
     """
     if options.type == "nf4" and device.type != "meta":
         require("bitsandbytes", "quant", "model.quantization.type: nf4")
+    if by_torchao(options):  # for planning, too: only it knows what its formats hold
+        require("torchao", "torchao", f"model.quantization: {options.type} by torchao")
     names = quantized_names(net, options)
     if not names:
         raise ModelError(

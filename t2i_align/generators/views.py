@@ -1,7 +1,9 @@
 """Which weights score an event: the policy, its frozen reference, or an average of the policy.
 
 With LoRA the reference is the policy with its adapters off, which costs no memory. For full
-fine-tuning it is a frozen copy. ``ema`` swaps averaged weights in for the duration of a block.
+fine-tuning it is a frozen copy; until something is trained the network itself may stand for it, so
+that no copy is made where nobody will ask (``reference_mode: borrowed``). ``ema`` swaps averaged
+weights in for the duration of a block.
 
 A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656) keeps values
 of its own for what is trained. With p a trained parameter and p' its value in the reference,
@@ -30,6 +32,8 @@ from t2i_align.generators.adapters import AdaptOptions, LoraOptions
 from t2i_align.generators.lora_targets import check_patterns, linear_names, target_names
 from t2i_align.generators.trunk import Trunk
 
+BORROWED = "borrowed"  # a mode of this package, not of recipes: see Views.settle_reference
+
 
 class Views:
     """The views of one trainable module.
@@ -48,6 +52,14 @@ class Views:
         self.ema: Mapping[str, Tensor] | None = None
         self.followed: dict[str, Tensor] = {}  # the reference's own values of what is trained
         self.trunk: Trunk | None = None  # what the views have in common, where it is shared
+        self.borrowed = False  # the network stands for the copy that the reference will be
+
+    def settle_reference(self, *, needed: bool) -> None:
+        """End borrowing, before anything is trained: a frozen copy, or no reference."""
+        if self.borrowed:
+            self.borrowed = False
+            copied = copy.deepcopy(self.module).requires_grad_(False) if needed else None
+            self.reference = copied
 
     @contextmanager
     def use(self, view: View) -> Iterator[nn.Module]:
@@ -145,12 +157,16 @@ class Views:
 
 
 def toggle_adapters(module: nn.Module, *, enabled: bool) -> None:
-    """Switch every peft layer of a module on or off."""
+    """Switch every peft layer of a module on or off; what is trained stays marked so.
+
+    Peft's own switch takes the marks off and on again; a sharded parameter, which is another object
+    in between, would lose its own.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.enable_adapters(enabled)
+            layer._disable_adapters = not enabled
 
 
 def add_lora(module: nn.Module, options: LoraOptions, preset: list[str], seed: int) -> None:
@@ -233,7 +249,8 @@ def build_views(
     """
     module.eval()
     frozen: nn.Module | None = None
-    if reference and (lora is None or reference_mode == "frozen_copy"):
+    borrowed = reference and lora is None and reference_mode == BORROWED
+    if reference and not borrowed and (lora is None or reference_mode == "frozen_copy"):
         frozen = copy.deepcopy(module).requires_grad_(False)
     if lora is None:
         module.requires_grad_(True)
@@ -242,7 +259,8 @@ def build_views(
         if reference and frozen is None:
             frozen = module
     module.eval()
-    views = Views(module, frozen)
+    views = Views(module, module if borrowed else frozen)
+    views.borrowed = borrowed
     if lora is not None and lora.from_block is not None and frozen is module:
         views.trunk = Trunk(module)
     return views

@@ -5,7 +5,9 @@
 ``a`` and ``b`` are the model's own learned scale and bias (b = 0 where it has none). Any open_clip
 folder (config, weights, tokenizer), hub id or built-in name is a judge by its card alone.
 Preprocessing is the model's own; pictures become RGB first, since open_clip converts after the
-resize, which turns palettes and transparency into noise. :meth:`DualEncoder.score_tensor` is the
+resize, which turns palettes and transparency into noise. A tag's weights get the activation they
+were trained with (open_clip 3 only warns where ``ViT-L-14`` is to hold OpenAI's, which need
+x sigmoid(1.702 x)). :meth:`DualEncoder.score_tensor` is the
 same number with gradients: resized as floats instead of bytes, hence equal up to rounding only (the
 card gives the tolerance).
 """
@@ -116,10 +118,12 @@ class DualEncoder(PictureJudge):
 
         if self.options.path is not None and not (self.folder / self.options.path).is_dir():
             raise ModelError(f"no open_clip folder at {self.folder / self.options.path}")
+        tag = self.options.pretrained
+        quick = trained_with_quick_gelu(self.name, tag)
         try:
             with torch.inference_mode(False):  # weights made in it would refuse gradients later
                 model = open_clip.create_model(
-                    self.name, pretrained=self.options.pretrained, require_pretrained=True
+                    self.name, pretrained=tag, force_quick_gelu=quick, require_pretrained=True
                 ).to(self.device, self.dtype)
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelError(
@@ -167,3 +171,27 @@ class DualEncoder(PictureJudge):
             return cosine
         bias = 0.0 if self.model.logit_bias is None else self.model.logit_bias.float()
         return self.model.logit_scale.float().exp() * cosine + bias
+
+
+def trained_with_quick_gelu(name: str, tag: str | None) -> bool:
+    """Whether a tag's weights want x sigmoid(1.702 x) for GELU; False for what has no tag.
+
+    Args:
+        name: of the network in open_clip.
+        tag: of its weights; None or a file: the name decides.
+
+    Raises:
+        ModelError: the name says so and the weights do not.
+    """
+    from open_clip import get_pretrained_cfg
+
+    known = {} if tag is None else get_pretrained_cfg(name, tag)
+    if not known:
+        return False
+    quick = bool(known.get("quick_gelu"))
+    if name.endswith("-quickgelu") and not quick:
+        raise ModelError(
+            f"'{name}' has the quick GELU, which the weights '{tag}' were not trained with",
+            f"name the network '{name.removesuffix('-quickgelu')}'",
+        )
+    return quick

@@ -10,6 +10,7 @@ static shift k, ``sigma = k s / (1 + (k - 1) s)`` (SD3 paper), the warp its samp
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -138,5 +139,7 @@ def vp_from_scheduler(config: Mapping[str, object]) -> VP:
                 f"diffusers has no class '{config.get('_class_name', '')}' that would know how",
                 "save the pipeline again with its own scheduler",
             )
-    scheduler: Any = cls.from_config(known)
+    # not by from_config, which imports every scheduler to see which are alike, and scipy with them
+    named = inspect.signature(cls.__init__).parameters
+    scheduler: Any = cls(**{k: v for k, v in known.items() if k in named})
     return VP(torch.as_tensor(scheduler.alphas_cumprod).double())

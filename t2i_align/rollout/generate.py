@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,21 @@ from rich.console import Console
 from t2i_align.contract import Media
 from t2i_align.data.media_io import to_image
 from t2i_align.data.video import save_clip
-from t2i_align.errors import DataError, ModelError
+from t2i_align.errors import DataError, ModelError, UserError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_folder import fingerprint
+from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.optional import require
 from t2i_align.plain_json import loads
 from t2i_align.process.seeds import derive
 from t2i_align.progress import progress
 
 Job = tuple[Path, str, int]
+FLAGS = {  # of recipe keys that have one
+    "model.sample_size": "--size",
+    "model.resolution": "--resolution",
+    "model.num_frames": "--num-frames",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,37 @@ def _text(value: Any) -> str:
         raise TypeError(f"a prompt is text, got {type(value).__name__}")
     value.encode()
     return value
+
+
+def read_size(text: str, resolution: int | None) -> tuple[int, int]:
+    """Height and width of ``--size HxW``.
+
+    Raises:
+        UserError: it says something else, or a side is given besides.
+    """
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.strip().lower())
+    if found is None:
+        raise UserError(f"--size: '{text}' is no HxW", "give height and width: --size 768x1344")
+    if resolution is not None:
+        raise UserError("--size and --resolution both say how large", "give one of them")
+    return int(found[1]), int(found[2])
+
+
+def opened(options: DiffusersOptions, device: str) -> DiffusersGenerator:
+    """The generator without weights; a size that does not fit is told by its option here.
+
+    Raises:
+        ModelError: no pipeline, or it does not generate this size.
+    """
+    try:
+        return DiffusersGenerator(options, device)
+    except ModelError as error:
+        said = error.message
+        for key, option in FLAGS.items():
+            said = said.replace(key, option)
+        fix = error.fix.replace("remove the key", "leave it out")
+        fix = re.sub(r"\[(\d+), (\d+)\]", r"\1x\2", fix)
+        raise ModelError(said, fix) from error
 
 
 def load_weights(generator: DiffusersGenerator, lora: str | None, denoiser: str | None) -> None:
@@ -196,6 +234,7 @@ def claim(
             "model": options.name_or_path,
             "revision": options.revision,
             "resolution": options.resolution,
+            **({"size": list(options.sample_size)} if options.sample_size else {}),
             "dtype": options.dtype,
             "max_sequence_length": options.max_sequence_length,
             **(video if generator.layout.media == "video" else {}),

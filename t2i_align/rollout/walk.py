@@ -14,7 +14,7 @@ are those of the rounded ones, so scoring a kept transition again starts from th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,26 @@ class Grid:
     def __len__(self) -> int:
         """How many steps, N."""
         return len(self.times)
+
+
+def sampled_process(process: Process, plan: Any) -> Process:
+    """The process as a sampler runs it.
+
+    A network that is told the level s before the warp, sigma = k s / (1 + (k - 1) s), has a k of
+    its own for each size (CogView4), and what is sampled may have another than what is stored. At
+    any step of the sampler k = sigma (1 - s) / (s (1 - sigma)).
+
+    Args:
+        process: of the generator.
+        plan: a diffusers scheduler with its timesteps set, or None.
+    """
+    if plan is None or not isinstance(process, Rectified) or not process.told_level:
+        return process
+    s = torch.as_tensor(plan.timesteps).double().cpu() / process.time_scale
+    sigma = torch.as_tensor(plan.sigmas).double().cpu()[: len(s)]
+    k = sigma * (1 - s) / (s * (1 - sigma))
+    inside = (s < 1) & (sigma < 1)
+    return replace(process, shift=float(k[inside].mean())) if bool(inside.any()) else process
 
 
 def grid_of(process: Process, num_steps: int, plan: Any) -> Grid:

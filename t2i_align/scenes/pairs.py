@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from t2i_align.contract import MediaError
+from t2i_align.data.cache import tensors_sha256
 from t2i_align.data.images import open_image
 from t2i_align.errors import DataError
 from t2i_align.evaluate.metrics.geneval import evaluate
@@ -31,6 +32,7 @@ from t2i_align.progress import progress
 from t2i_align.rollout.generate import sample_images
 from t2i_align.scenes.detect import detect
 from t2i_align.scenes.grammar import Metadata, sample_prompts, scene_for
+from t2i_align.scenes.parts import Parts
 from t2i_align.scenes.render import render
 from t2i_align.scenes.repair import repaired
 from t2i_align.scenes.score import graded_score
@@ -200,28 +202,52 @@ def draw_samples(
     return [pictures[i : i + settings.samples] for i in range(0, len(part), settings.samples)]
 
 
+def batch_rows(
+    generator: DiffusersGenerator, items: Sequence[Metadata], start: int, settings: PairSettings
+) -> list[dict[str, Any]]:
+    """Rows of the prompts ``items``, the first of which is number ``start``."""
+    drawn = draw_samples(generator, items, start * settings.samples, settings)
+    rows: list[dict[str, Any] | None] = []
+    for number, (metadata, images) in enumerate(zip(items, drawn, strict=True), start):
+        rows += rows_of(images, metadata, number, settings)
+    return [row for row in rows if row is not None]
+
+
+def identity_of(generator: DiffusersGenerator, settings: PairSettings) -> dict[str, Any]:
+    """Everything the pairs depend on: settings, model and the weights that draw."""
+    drawn = {"text": dict(generator.text_key()), "media": dict(generator.media_key())}
+    return asdict(settings) | drawn | {"weights": tensors_sha256(generator.module.state_dict())}
+
+
 def build_pairs(
     generator: DiffusersGenerator, path: Path, settings: PairSettings, console: Console
 ) -> dict[str, float]:
-    """Sample, judge, write parquet.
+    """Sample, judge, write parquet; what a stopped call has done is not done again.
 
     Returns:
         counts: pairs, ties, and the share of right pictures.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    Raises:
+        DataError: no pair came of it.
+    """
     items = sample_prompts(settings.num_prompts, settings.seed, held_out=settings.held_out)
-    rows: list[dict[str, Any] | None] = []
+    parts = Parts(path, identity_of(generator, settings))
+    kept: list[dict[str, Any]] = []
     with progress(console, "prompts", len(items)) as bar:
         for start in range(0, len(items), settings.batch):
             part = items[start : start + settings.batch]
-            drawn = draw_samples(generator, part, start * settings.samples, settings)
-            for number, (metadata, images) in enumerate(zip(part, drawn, strict=True), start):
-                rows += rows_of(images, metadata, number, settings)
+            rows = parts.read(start)
+            if rows is None:
+                rows = batch_rows(generator, part, start, settings)
+                parts.write(start, rows)
+            kept += rows
             bar.advance(len(part))
-    kept = [r for r in rows if r is not None]
-    pq.write_table(pa.Table.from_pylist(kept), path, compression="zstd")
+    if not kept:
+        raise DataError(
+            f"no pair in {len(items) * settings.samples} pictures: all of a prompt are alike",
+            "draw more with --num, or use a model that draws something",
+        )
+    parts.finish(kept)
     right = np.mean([r[k] for r in kept for k in ("correct_0", "correct_1")])
     ties = sum(r["label_0"] == 0.5 for r in kept)
     return {"pairs": len(kept), "ties": ties, "right": float(right)}

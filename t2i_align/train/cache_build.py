@@ -27,7 +27,7 @@ from t2i_align.protocols import Generator, Objective
 from t2i_align.recipe import Recipe
 from t2i_align.train.compiled import compile_views
 from t2i_align.train.offline import StoredFeed, prepared
-from t2i_align.train.reference import Kept, kept_reference
+from t2i_align.train.reference import Kept, kept_reference, load_mode
 from t2i_align.train.setup import Setup
 from t2i_align.train.start import start_from
 
@@ -56,8 +56,7 @@ class Builder:
         self.recipe, self.console = recipe, console
         self.setup = Setup(recipe, console, claim=False)
         self.objective: Objective = recipe.chosen("objective")(recipe.objective)
-        device = self.setup.accelerator.device
-        self.generator: Generator = recipe.chosen("model")(recipe.model, device)
+        self.generator: Generator = self.setup.generator()
         self.setup.recheck()
 
     def encode(self, share: tuple[int, int] | None = None) -> dict[str, int]:
@@ -72,7 +71,7 @@ class Builder:
             return None
         feed = StoredFeed(self.setup, self.generator, self.objective)
         self.generator.free_encoders(keep_decoder=False)
-        mode = recipe.reference.mode
+        mode = load_mode(recipe, needs)  # nothing is trained, so no copy is ever made
         self.generator.load_module(recipe.seed, reference=True, reference_mode=mode)
         views = self.generator.views
         if recipe.model.start_from is not None:
@@ -89,7 +88,7 @@ class Builder:
 
     def score(self, feed: StoredFeed, kept: Kept, index: int = 0, num: int = 1) -> int:
         """Ask the reference for every ``num``-th micro-batch; returns how many items were new."""
-        size, total = self.recipe.train.train_batch_size, num_positions(feed)
+        size, total = self.recipe.train.train_batch_size, feed.num_positions
         starts = range(index * size, total, num * size)
         asked = 0
         shown = self.console if self.console.is_terminal else None
@@ -108,15 +107,6 @@ class Builder:
             live = self.generator.score(drawn.event, "reference")
         kept.store.put(drawn.keys, values_of(live))
         return len(drawn.keys)
-
-
-def num_positions(feed: StoredFeed) -> int:
-    """Records to walk over: the run's, and of passes that go round in draws one round."""
-    recipe, total = feed.setup.recipe, feed.num_records
-    if recipe.draw.num_distinct is None or feed.order is not None:
-        return total
-    size = recipe.train.train_batch_size
-    return min(total, -(-recipe.draw.num_distinct * len(feed.data) // size) * size)
 
 
 def build(recipe: Recipe, console: Console, num_processes: int = 1) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def _supervise(processes: list[subprocess.Popen[bytes]], outputs: list[IO[bytes]
         codes = [p.poll() for p in processes]
     if not any(codes):
         return 0
+    first = codes
     end = time.monotonic() + GRACE_SECONDS
     while None in codes and time.monotonic() < end:
         time.sleep(0.05)
@@ -198,10 +199,22 @@ def _supervise(processes: list[subprocess.Popen[bytes]], outputs: list[IO[bytes]
             "memory does); the others were stopped",
             CONTINUE,
         )
-    rank = next(i for i, c in enumerate(codes) if c)
+    rank = cause(first, codes)
     if rank:
         _show(outputs[rank], rank)
     return codes[rank] or 1
+
+
+def cause(first: Sequence[int | None], last: Sequence[int | None]) -> int:
+    """The rank whose words explain the end of a run.
+
+    Args:
+        first: exit codes by rank when one was neither None (still running) nor 0.
+        last: the same once the others had their moment; a process that lost another one ends with
+            the code of a :class:`TrainingError`, so any other code is nobody's consequence.
+    """
+    own = [rank for rank, code in enumerate(last) if code and code != TrainingError.exit_code]
+    return (own or [rank for rank, code in enumerate(first) if code])[0]
 
 
 def _show(output: IO[bytes] | None, rank: int) -> None:

@@ -24,6 +24,7 @@ from t2i_align.train.checkpoint import TrainState
 from t2i_align.train.compiled import compile_views
 from t2i_align.train.optim import Ema, build_optimizer, build_schedule
 from t2i_align.train.options import TrainOptions
+from t2i_align.train.zero import Zero
 
 
 class RankStats:
@@ -80,7 +81,10 @@ class Engine:
         self.schedule = build_schedule(options, optimizer)
         compile_views(views, options.compile)
         self.optimizer: Any
-        if self.sharded:
+        self.zero: Zero | None = None
+        if options.distributed.backend == "deepspeed":
+            self.zero, self.optimizer = Zero(options, views, optimizer), optimizer
+        elif self.sharded:
             views.wrapped, self.optimizer = views.module, accelerator.prepare_optimizer(optimizer)
         else:
             views.wrapped, self.optimizer = accelerator.prepare(views.module, optimizer)
@@ -99,15 +103,20 @@ class Engine:
 
         Forward belongs inside: DistributedDataParallel decides there whether to reduce.
         """
-        if self.sharded:
+        if self.zero is not None:
+            self.zero.micro(last=last)
+        elif self.sharded:
             self.views.wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
-        if last or self.sharded:
+        if last or self.sharded or self.zero is not None:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.views.wrapped)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients."""
-        self.accelerator.backward(loss)
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def step(self, records: int) -> float:
         """Clip, update, average; returns the gradient norm before clipping.
@@ -116,6 +125,18 @@ class Engine:
             FloatingPointError: the norm is not finite, with the module where it begins; no weight
                 was touched. (Under float16 the loss scaler skips such a step instead.)
         """
+        value = self._update() if self.zero is None else self.zero.step()
+        if self.zero is not None and not math.isfinite(value):
+            raise FloatingPointError("gradient norm is no number")
+        self.schedule.step()
+        self.step_count += 1
+        self.samples_seen += records
+        if self.ema is not None:
+            self.ema.update(self.trained, self.step_count)
+        return value
+
+    def _update(self) -> float:
+        """Clip and update; returns the gradient norm before."""
         limit, gradients = self.options.max_grad_norm, self._gradients()
         norm = nn.utils.get_total_norm(gradients.values())
         value = float(sharding.whole(norm))
@@ -124,12 +145,7 @@ class Engine:
         if limit is not None:
             nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step_count += 1
-        self.samples_seen += records
-        if self.ema is not None:
-            self.ema.update(self.trained, self.step_count)
         return value
 
     def skip(self, records: int) -> None:
@@ -169,6 +185,8 @@ class Engine:
         All processes ask before the first one saves, so what is sharded is gathered here for
         :meth:`state`; after the last step for good, for the export.
         """
+        if self.zero is not None:
+            return self._gather_zero(self.zero)
         good = all(finite(p) for p in self.trained.values())
         if self.sharded and good:
             self._gather()
@@ -184,6 +202,13 @@ class Engine:
         self._gathered = kept if self.accelerator.is_main_process else None
         if self.step_count >= self.options.max_train_steps:
             sharding.settle(self.views)
+
+    def _gather_zero(self, zero: Zero) -> bool:
+        kept = zero.gather() | {"ema": dict(self.views.ema or {})}
+        self._gathered = kept if self.accelerator.is_main_process else None
+        if self.step_count >= self.options.max_train_steps:
+            zero.settle(kept["weights"])
+        return all(bool(w.isfinite().all()) for w in kept["weights"].values())
 
     def state(self, objective: dict[str, Tensor], extra: dict[str, Any]) -> TrainState:
         """Everything a checkpoint holds."""
@@ -229,11 +254,10 @@ class Engine:
             if self.ema is not None:
                 for k, v in self.ema.shadow.items():
                     v.copy_(sharding.like(state.ema[k], v))
-        own = list(self.trained.values())
-        kept = sharding.split_state(state.optimizer, own) if self.sharded else state.optimizer
-        self.optimizer.load_state_dict(kept)
-        if self.accelerator.scaler and state.trainer.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state.trainer["scaler"])
+        if self.zero is None:
+            self._restore_optimizer(state)
+        elif state.step < self.options.max_train_steps:  # else nothing is left but the export
+            self.zero.restore(state.optimizer)
         self.step_count, self.samples_seen = state.step, state.samples_seen
         if state.step:  # the schedule is a function of the count alone
             self.schedule.last_epoch = state.step - 1
@@ -242,6 +266,13 @@ class Engine:
                 self.schedule.step()
         if self.sharded and state.step >= self.options.max_train_steps:
             sharding.settle(self.views)  # nothing is left but the export
+
+    def _restore_optimizer(self, state: TrainState) -> None:
+        own = list(self.trained.values())
+        kept = sharding.split_state(state.optimizer, own) if self.sharded else state.optimizer
+        self.optimizer.load_state_dict(kept)
+        if self.accelerator.scaler and state.trainer.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state.trainer["scaler"])
 
 
 def where_not(gradients: dict[str, Tensor]) -> str:

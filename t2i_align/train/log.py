@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 from t2i_align.progress import Line, progress
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+begun = logging.getLogger("t2i_align.phases")  # told by `bench start`, else silent
 
 
 class Phases:
@@ -31,6 +33,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the block's time to ``name``."""
+        begun.debug(name)
         start = time.perf_counter()
         try:
             yield

@@ -29,9 +29,10 @@ from t2i_align.train.alarms import Facts
 from t2i_align.train.checkpoint import Checkpoints
 from t2i_align.train.engine import Engine, RankStats, trainable_count
 from t2i_align.train.feed import Drawn, Feed
+from t2i_align.train.load import load_network
 from t2i_align.train.log import RunLog, peak_memory, reduce_metrics, write_json
 from t2i_align.train.nonfinite import NonFinite, bad_records, culprit, loss_error
-from t2i_align.train.reference import kept_reference
+from t2i_align.train.reference import reference_of
 from t2i_align.train.setup import Setup
 from t2i_align.train.start import start_from
 from t2i_align.train.stop import StopRequest
@@ -70,7 +71,7 @@ class Run:
         self.phases, self.folder = self.setup.phases, self.setup.folder
         self.accelerator, self.main = self.setup.accelerator, self.setup.main
         self.objective: Objective = recipe.chosen("objective")(recipe.objective)
-        self.generator: Generator = recipe.chosen("model")(recipe.model, self.accelerator.device)
+        self.generator: Generator = self.setup.generator()
         self.setup.recheck()
         with self.phases("prepare"):
             feed = resolve(FEEDS[self.objective.needs.feed])
@@ -85,17 +86,13 @@ class Run:
 
     def _load(self) -> None:
         recipe, train = self.recipe, self.recipe.train
-        self.generator.load_module(
-            recipe.seed,
-            reference="reference" in self.objective.needs.views,
-            reference_mode=recipe.reference.mode,
-        )
+        load_network(self.setup, self.generator, self.objective.needs)
         views = self.generator.views
         start = recipe.model.start_from
         self.start = None if start is None else start_from(views, start)
         if recipe.reference.moves:
             views.let_reference_follow()
-        self.kept = kept_reference(self.setup, self.generator, self.feed, self.objective.needs)
+        self.kept = reference_of(self.setup, self.generator, self.feed, self.objective.needs)
         records = self.setup.records_per_step
         self.engine = Engine(train, views, self.accelerator, records)
         self.account = account_of(recipe, self.setup, self.objective.needs, views)

@@ -68,6 +68,13 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def num_parameters(net: nn.Module) -> int:
+    """Scalars of a network without its adapters; those kept in few bits count like any other."""
+    plain = sum(p.numel() for name, p in net.named_parameters() if "lora_" not in name)
+    few = (m for m in net.modules() if isinstance(m, Rounded))
+    return plain + sum(m.in_features * m.out_features for m in few)
+
+
 def net_bytes(net: nn.Module, dtype: torch.dtype) -> int:
     """Weights, and buffers in the dtype they are loaded in; quantised layers as they are kept."""
     kept = [b for m in net.modules() if isinstance(m, Rounded) for b in m.buffers(recurse=False)]

@@ -186,15 +186,29 @@ class StoredFeed:
         last = self.num_records - self.setup.recipe.train.train_batch_size
         return max(number for _, number in self._picks(last)) + 1
 
-    def _load(self, at: int) -> Batch:
+    @property
+    def num_positions(self) -> int:
+        """Records after which no draw is new: the run's, or one round where passes go round."""
+        recipe, total = self.setup.recipe, self.num_records
+        if recipe.draw.num_distinct is None or self.order is not None:
+            return total
+        size = recipe.train.train_batch_size
+        return min(total, -(-recipe.draw.num_distinct * len(self.data) // size) * size)
+
+    def _wanted(self, at: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+        """Records of a micro-batch with their draws, and what else a batch is a function of."""
         recipe = self.setup.recipe
         num = recipe.draw.num_distinct
-        return self.data.batch(
-            [(k, draw if num is None else draw % num) for k, draw in self._picks(at)],
-            run_seed=recipe.seed,
-            coupling=self.coupling,
-            empty_prompts=recipe.data.proportion_empty_prompts,
-        )
+        found = [(k, draw if num is None else draw % num) for k, draw in self._picks(at)]
+        return found, {
+            "run_seed": recipe.seed,
+            "coupling": self.coupling,
+            "empty_prompts": recipe.data.proportion_empty_prompts,
+        }
+
+    def _load(self, at: int) -> Batch:
+        found, others = self._wanted(at)
+        return self.data.batch(found, **others)
 
     def next(self) -> Drawn:
         """Draw an event of the next records."""
@@ -210,9 +224,9 @@ class StoredFeed:
         return self._drawn(self._load(position))
 
     def keys(self, position: int) -> list[Key]:
-        """What a reference cache knows the items of a micro-batch by."""
-        batch = self._load(position)
-        return item_keys(batch.seeds, batch.sample.meta)
+        """What a reference cache knows the items of a micro-batch by; no latents are read."""
+        found, others = self._wanted(position)
+        return item_keys(*self.data.names(found, **others))
 
     def _drawn(self, batch: Batch) -> Drawn:
         device = self.setup.accelerator.device

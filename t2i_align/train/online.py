@@ -40,7 +40,7 @@ from t2i_align.rollout.prompts import encode
 from t2i_align.rollout.rows import joined, take, tensors
 from t2i_align.rollout.stepwise import Resampler
 from t2i_align.rollout.versus import Versus
-from t2i_align.rollout.walk import Draws, Steps, Walk, grid_of
+from t2i_align.rollout.walk import Draws, Steps, Walk, grid_of, sampled_process
 from t2i_align.train.engine import Engine
 from t2i_align.train.feed import Drawn
 from t2i_align.train.log import PLAIN_SECONDS
@@ -100,9 +100,10 @@ class TrajectoryFeed:
         self.options: RolloutOptions = recipe.rollout
         self.make = MAKERS[objective.compares]
         self.prompts = encode(generator, self.options, recipe.cache.encode_batch_size)
-        grid = grid_of(generator.process, self.options.num_inference_steps, self.prompts.plan)
+        process = sampled_process(generator.process, self.prompts.plan)
+        grid = grid_of(process, self.options.num_inference_steps, self.prompts.plan)
         o = self.options
-        self.steps = Steps(generator.process, grid, o.kernel, o.amount, o.log_prob)
+        self.steps = Steps(process, grid, o.kernel, o.amount, o.log_prob)
         if not bool(trained_steps(self.steps, o).any()):
             raise ModelError(
                 f"rollout.divert_start_step: of {len(grid)} steps none is left to train on",

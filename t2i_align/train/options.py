@@ -66,10 +66,21 @@ class CacheOptions(Options):
 class DistributedOptions(Options):
     """How several processes share a run; ``train --num-processes N`` starts them."""
 
-    backend: Literal["ddp", "fsdp2"] = Field(
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = Field(
         default="ddp",
         description="ddp: every process holds the whole network; fsdp2: parameters, gradients and "
-        "optimizer state are split over the processes",
+        "optimizer state are split over the processes; deepspeed: ZeRO, see zero_stage",
+    )
+    zero_stage: Literal[2, 3] | None = Field(
+        default=None,
+        description="of deepspeed: 2 splits gradients and optimizer state, 3 parameters too; "
+        "null: 2",
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="of deepspeed: keep the optimizer in main memory, and step there"
+    )
+    offload_parameters: bool = Field(
+        default=False, description="of deepspeed, stage 3: keep parameters in main memory"
     )
     timeout_minutes: float | None = Field(
         default=None,
@@ -78,6 +89,16 @@ class DistributedOptions(Options):
         description="how long a process waits for the others before it gives up; null: a week, for "
         "they also wait while the first one fills the cache",
     )
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return self.zero_stage or 2
+
+    @property
+    def splits_network(self) -> bool:
+        """Whether no process holds all parameters."""
+        return self.backend == "fsdp2" or (self.backend == "deepspeed" and self.stage == 3)
 
 
 class TrainOptions(Options):
@@ -124,6 +145,13 @@ class TrainOptions(Options):
         default="none",
         description="torch.compile: regional compiles the repeated block once, full the whole "
         "network, which takes minutes to start",
+    )
+    memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="GB (1e9 bytes) that model.gradient_checkpointing: auto plans for; null: 9 "
+        "tenths of what the device has",
     )
     ema_decay: float | None = Field(
         default=None,

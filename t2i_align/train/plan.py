@@ -17,10 +17,13 @@ from t2i_align.data.records import as_layout
 from t2i_align.errors import DataError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_folder import DTYPES
+from t2i_align.generators.views import BORROWED
 from t2i_align.protocols import Generator
 from t2i_align.recipe import Recipe
 from t2i_align.train.cost import Calls, calls, compares, states_seen
-from t2i_align.train.memory import HALVES, memory
+from t2i_align.train.memory import HALVES, memory, num_parameters
+from t2i_align.train.recompute import Measured, fitted
+from t2i_align.train.reference import load_mode
 from t2i_align.train.trace import Device, Look, Traced, example_event, trace, trace_forward
 
 GB = 1e9
@@ -45,10 +48,13 @@ class Plan:
         items_per_forward: samples in one forward (2 for a pair); of lists as many as the longest
             that was looked at.
         records_per_step: records of one optimizer step on one process.
-        memory: bytes by kind, and the most alive at once (``peak``, less than their sum).
+        memory: bytes by kind, and the most alive at once (``peak``, less than their sum). Where
+            reference errors may be kept, ``peak, reference all cached`` is without the copy.
         flops: of one record by what they are for.
         flops_per_record: their sum; text and media are cached, decoder and judge are left out.
         judged_per_record: samples that are decoded and judged.
+        recomputed: share of the blocks whose activations are recomputed, where the recipe leaves
+            that to the plan; else None.
         num_records: records in the data, None when it cannot be counted without reading.
         passes: passes over the data, None likewise.
         cache_bytes: latents and text on disk, an upper bound (no two prompts alike), None likewise.
@@ -64,6 +70,7 @@ class Plan:
     flops: dict[str, int]
     flops_per_record: int
     judged_per_record: float
+    recomputed: float | None
     num_records: int | None
     passes: float | None
     cache_bytes: int | None
@@ -80,6 +87,11 @@ class Plan:
             ("network", f"{self.network}, {self.parameters:,} parameters"),
             ("trained", f"{self.trainable_parameters:,} parameters ({share:.2f} %)"),
             ("one step", seen),
+            *(
+                []
+                if self.recomputed is None
+                else [("recomputed", f"{self.recomputed:.0%} of blocks")]
+            ),
             *self._compute(),
             *((f"memory: {k}", f"{v / GB:.2f} GB") for k, v in self.memory.items()),
             *self._data(),
@@ -223,25 +235,33 @@ def plan(recipe: Recipe, device: Device = "cuda") -> Plan:
     look, views = looked(recipe, generator, device), generator.views
     items = round(train.train_batch_size * states_seen(recipe, rows.longest))
     event = example_event(generator, items, DrawSpec(num_draws=recipe.draw.num_draws))
-    step = trace(generator, event, reference="reference" in recipe.needs.views, look=look)
+    sampled = rollout_peak(recipe, generator, look)
+
+    def measure() -> Measured:
+        step = trace(generator, event, reference="reference" in recipe.needs.views, look=look)
+        return step, memory(views, DTYPES[recipe.model.dtype], train, step, sampled)
+
+    share, (step, bytes_) = fitted(recipe, views.module, measure)
     process: Any = getattr(generator, "process", None)
     found = calls(recipe, rows.items, process, 1 if look.guidance == 1 else 2)
     flops = flops_of(recipe, found, step, look, items)
-    sampled = rollout_peak(recipe, generator, look)
     records = train.train_batch_size * train.gradient_accumulation_steps
+    if load_mode(recipe, recipe.needs) == BORROWED and bytes_["reference copy"]:
+        bytes_["peak, reference all cached"] = bytes_["peak"] - bytes_["reference copy"]
     media, text = cached_bytes(generator, recipe.cache.dtype)
     usable = None if rows.count is None else round(rows.count * rows.records)
     return Plan(
         network=type(views.module).__name__,
-        parameters=sum(p.numel() for n, p in views.module.named_parameters() if "lora_" not in n),
+        parameters=num_parameters(views.module),
         trainable_parameters=sum(p.numel() for p in views.trained().values()),
         items_per_forward=items,
         records_per_step=records,
         max_train_steps=train.max_train_steps,
-        memory=memory(views, DTYPES[recipe.model.dtype], train, step, sampled),
+        memory=bytes_,
         flops=flops,
         flops_per_record=sum(flops.values()),
         judged_per_record=found.judged,
+        recomputed=share,
         num_records=usable,
         passes=None if not usable else records * train.max_train_steps / usable,
         cache_bytes=None if rows.count is None else round(rows.count * (rows.media * media + text)),

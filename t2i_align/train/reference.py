@@ -10,6 +10,9 @@ It is refused where the number is not the reference's alone: a reference that fo
 noise that is found with the policy's weights, samples of the policy, objectives that compare whole
 predictions. The first batch that is read is also scored: numbers that are not this model's stop
 the run.
+
+Full fine-tuning needs a second network for its reference. Where all that the run will ask is kept,
+none is made: the network itself, not trained yet, scores the batch that is looked at.
 """
 
 from __future__ import annotations
@@ -37,9 +40,10 @@ from t2i_align.data.reference_cache import (
 )
 from t2i_align.errors import TrainingError
 from t2i_align.generators.adapters import LoraOptions
-from t2i_align.generators.views import Views
+from t2i_align.generators.views import BORROWED, Views
 from t2i_align.protocols import Generator, Needs
 from t2i_align.recipe import Recipe
+from t2i_align.train.checkpoint import Checkpoints
 from t2i_align.train.feed import Drawn
 
 if TYPE_CHECKING:
@@ -146,6 +150,7 @@ class Kept:
         self.store, self.tolerance, self.anyone = store, tolerance, anyone
         self.num_read = self.num_scored = 0
         self._doubted: Score | None = None
+        self._trusted = False
 
     def read(self, drawn: Drawn) -> Score | None:
         """The reference's score of an event; None where the network has to be asked."""
@@ -156,7 +161,7 @@ class Kept:
             return None
         assert values is not None
         found = score_of(drawn.event, values)
-        if not self.num_read:
+        if not self.num_read and not self._trusted:
             self._doubted = found
         self.num_read += len(drawn.keys)
         return None if self._doubted is found else found
@@ -178,6 +183,17 @@ class Kept:
         self.store.put(drawn.keys, values_of(live))
         self.num_scored += len(drawn.keys)
         return live
+
+    def trust(self, drawn: Drawn, live: Score) -> None:
+        """Hold what is known of a first batch against the network, before anything is trained.
+
+        Raises:
+            TrainingError: it is another model's.
+        """
+        values = self.store.get(drawn.keys or [])
+        assert values, "only of what is known"
+        self._compare(score_of(drawn.event, values), live, drawn)
+        self._trusted = True
 
     def _compare(self, kept: Score, live: Score, drawn: Drawn) -> None:
         off = (kept.logp - live.logp).abs().where(live.mask, 0)
@@ -207,6 +223,57 @@ class Kept:
     def summary(self) -> dict[str, int]:
         """For the run's summary: items read, and items the reference was asked."""
         return {"read": self.num_read, "scored": self.num_scored}
+
+
+def load_mode(recipe: Recipe, needs: Needs) -> str:
+    """How the network is loaded: the reference's copy is not made before it is known to be needed.
+
+    That is: where errors may be kept, and the reference would be a second network.
+    """
+    kept = not obstacle(recipe, needs) and recipe.cache.reference != "never"
+    return BORROWED if kept and recipe.model.lora is None else recipe.reference.mode
+
+
+def reference_of(setup: Setup, generator: Generator, feed: Any, needs: Needs) -> Kept | None:
+    """The reference cache of a run, see :func:`kept_reference`, and the reference it leaves over.
+
+    A copy that the network stands for is made, unless all that it would say is kept.
+
+    Raises:
+        TrainingError: what is kept is another model's.
+    """
+    kept, views = kept_reference(setup, generator, feed, needs), generator.views
+    if views.borrowed:
+        known = kept is not None and all_known(setup, generator, feed, kept)
+        views.settle_reference(needed=not known)
+    return kept
+
+
+def all_known(setup: Setup, generator: Generator, feed: StoredFeed, kept: Kept) -> bool:
+    """Whether everything the run will ask is kept, on every process; of this model, by one look."""
+    positions = still_to_come(setup, feed)
+    missing = not positions or any(kept.store.get(feed.keys(at)) is None for at in positions)
+    if setup.anyone(missing):
+        return False
+    drawn = feed.at(positions.start)
+    with torch.no_grad(), setup.accelerator.autocast():
+        kept.trust(drawn, generator.score(drawn.event, "reference"))
+    setup.say("the reference cache has all that this run asks: no copy of the network is made")
+    return True
+
+
+def still_to_come(setup: Setup, feed: StoredFeed) -> range:
+    """Where this process's micro-batches begin, from the checkpoint on where there is one.
+
+    A run may go on with another batch size, and then it meets other records than it would have.
+    """
+    train, begin, end = setup.recipe.train, 0, feed.num_positions
+    if train.resume_from_checkpoint is not None:
+        found = Checkpoints(setup.folder / "checkpoints", None).load(train.resume_from_checkpoint)
+        if found is not None:
+            begin = found.samples_seen
+            end = begin + (train.max_train_steps - found.step) * setup.records_per_step
+    return range(begin + setup.accelerator.process_index * train.train_batch_size, end, setup.micro)
 
 
 def kept_reference(setup: Setup, generator: Generator, feed: Any, needs: Needs) -> Kept | None:

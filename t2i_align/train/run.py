@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from t2i_align.errors import StorageError
+from t2i_align.later import importing
 from t2i_align.recipe import Recipe
 
 
@@ -21,10 +22,11 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     Returns:
         The run's summary, also written to ``<output_dir>/summary.json``.
     """
-    from accelerate import PartialState
+    with importing():
+        from accelerate import PartialState
 
-    from t2i_align.train.checkpoint import is_storage_failure
-    from t2i_align.train.rounds import train_rounds
+        from t2i_align.train.checkpoint import is_storage_failure
+        from t2i_align.train.rounds import train_rounds
 
     program = train_one if recipe.rounds is None else train_rounds
     try:
@@ -42,9 +44,10 @@ def train(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
 
 def train_one(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Run a recipe without rounds."""
-    from t2i_align.folder_lock import occupied
-    from t2i_align.train.loop import Run
-    from t2i_align.train.output import RUN_FILE
+    with importing():
+        from t2i_align.folder_lock import occupied
+        from t2i_align.train.loop import Run
+        from t2i_align.train.output import RUN_FILE
 
     with occupied(Path(recipe.output_dir).expanduser(), RUN_FILE):
         return Run(recipe, console).run()

@@ -11,12 +11,14 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 
 import t2i_align
+from t2i_align.checks_distributed import alone
 from t2i_align.checks_model import distilled_warning, unfit_model
 from t2i_align.errors import RecipeError
+from t2i_align.generators.diffusers_family import DiffusersGenerator
+from t2i_align.protocols import Generator
 from t2i_align.recipe import Recipe
 from t2i_align.train import output
 from t2i_align.train.log import Phases
-from t2i_align.train.sharding import unfit
 
 
 class Setup:
@@ -48,7 +50,7 @@ class Setup:
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
-        if found := unfit(recipe, self.accelerator.num_processes):
+        if found := alone(recipe, self.accelerator.num_processes):
             raise RecipeError(found)
         self.main = self.accelerator.is_main_process
         resume = recipe.train.resume_from_checkpoint is not None
@@ -57,6 +59,13 @@ class Setup:
                 self.folder, recipe.to_dict(), resume=resume, version=t2i_align.__version__
             )
         self.accelerator.wait_for_everyone()
+
+    def generator(self) -> Generator:
+        """The recipe's, on this process's device, nothing loaded."""
+        made: Generator = self.recipe.chosen("model")(self.recipe.model, self.accelerator.device)
+        if isinstance(made, DiffusersGenerator):
+            made.mixed_precision = self.recipe.train.mixed_precision
+        return made
 
     @property
     def micro(self) -> int:

@@ -15,32 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from t2i_align.errors import Problem
 from t2i_align.generators.views import Views
-from t2i_align.recipe import Recipe
 from t2i_align.train.compiled import repeated_blocks
-
-
-def unfit(recipe: Recipe, num_processes: int) -> list[Problem]:
-    """What a recipe asks that sharding would ignore or break."""
-    if recipe.train.distributed.backend != "fsdp2":
-        return []
-    model, train = recipe.model.model_dump(), recipe.train
-    wrong = {
-        "train.distributed.backend": (num_processes == 1, "one process has nothing to share with"),
-        "train.optimizer": (train.optimizer != "adamw", "only adamw takes sharded parameters"),
-        "train.mixed_precision": (train.mixed_precision == "fp16", "its loss scaler is one's own"),
-        "validation": (recipe.validation is not None, "samples are drawn by one process alone"),
-        "reference.refresh": (recipe.reference.moves, "a reference that moves is one process's"),
-        "rollout": (recipe.rollout is not None, "processes sample on their own"),
-        "model.quantization": (bool(model.get("quantization")), "its weights cannot be split"),
-    }
-    fixes = {"train.distributed.backend": "start with --num-processes 2 or more, or use ddp"}
-    return [
-        Problem(key, f"not with train.distributed.backend fsdp2: {why}", fix=fixes.get(key, "ddp"))
-        for key, (holds, why) in wrong.items()
-        if holds
-    ]
 
 
 def shard(views: Views, device: torch.device) -> None:

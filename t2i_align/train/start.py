@@ -76,6 +76,6 @@ def start_from(views: Views, name: str) -> str:
     with torch.no_grad():
         for k, p in mine.items():
             p.copy_(theirs[k])
-    if views.reference is not None:
+    if views.reference is not None and not views.borrowed:
         views.let_reference_follow()
     return sha256(file)

@@ -16,7 +16,7 @@ from t2i_align.recipe import Recipe, load_recipe, shipped
 WORLD = [name for name in shipped() if name.startswith("scenes_")]  # models made by hand first
 NAMES = [name for name in shipped() if name not in WORLD]
 BASES = ("scenes_base", "scenes_sd3_base")
-CAPTIONS = ("scenes_tdpo", "scenes_tkto")  # their data is made by one command
+CAPTIONS = ("scenes_tdpo", "scenes_tkto", "scenes_dcpo")  # their data is made by one command
 
 
 def loaded(name: str, tmp_path: Path) -> Recipe:

@@ -16,7 +16,8 @@ from scipy import stats
 from t2i_align.evaluate.benchmark import Item, Picture
 from t2i_align.evaluate.benchmarks import build
 from t2i_align.evaluate.benchmarks.dpg import read_texts, source_of
-from t2i_align.evaluate.human_layouts import mean_grade
+from t2i_align.evaluate.human import agreement_by_part
+from t2i_align.evaluate.human_layouts import layout_of, mean_grade
 from t2i_align.evaluate.metrics import dpg, dsg, genai
 from t2i_align.evaluate.metrics.question_graph import propositions_of
 from t2i_align.evaluate.metrics.unigenbench import POINTS, primary_of
@@ -231,22 +232,22 @@ def test_genai_people_rate_dalle_first(benchmarks_dir: Path) -> None:
 def test_genai_agreement_by_skill_is_that_of_its_pictures(benchmarks_dir: Path) -> None:
     """Numbers that are the ratings in one skill and their opposite in the rest."""
     bench: Any = build("genai_bench_527", {})
-    numbers, ratings = [], []
-    for name, row in bench.table.items():
-        for grades in row["models"].values():
-            numbers.append(int(name))
-            ratings.append(mean_grade(grades, name))
-    human = np.array(ratings)
-    chosen = set(bench.skills["part relation"])
-    sign = np.array([1.0 if n in chosen else -1.0 for n in numbers])
-    skills = {k: bench.skills[k] for k in ("part relation", "advanced")}
-    found = genai.agreement_by_skill(human * sign, human, numbers, skills)
+    groups = list(layout_of("genai_bench").read(bench.file.path, "test"))
+    numbers = [int(g.name) for g in groups for _ in g.media]
+    human = np.array([rating for g in groups for rating in g.ratings])
+    parts = [g.parts for g in groups for _ in g.media]
+    skills = {name: set(own) for name, own in bench.skills.items()}
+    for number, own in zip(numbers, parts, strict=True):
+        assert set(own) == {name for name, chosen in skills.items() if number in chosen}
+    sign = np.array([1.0 if n in skills["part relation"] else -1.0 for n in numbers])
+    kept = [tuple(p for p in own if p in ("part relation", "advanced")) for own in parts]
+    found = agreement_by_part(human * sign, human, kept)
     assert found["part relation"]["pearson"] == pytest.approx(1)
     assert found["part relation"]["acc_eq"] == 1
-    kept = [k for k, n in enumerate(numbers) if n in set(skills["advanced"])]
-    tau: Any = stats.kendalltau((human * sign)[kept], human[kept])
+    chosen = [k for k, n in enumerate(numbers) if n in skills["advanced"]]
+    tau: Any = stats.kendalltau((human * sign)[chosen], human[chosen])
     assert found["advanced"]["kendall"] == pytest.approx(float(tau.statistic))
-    assert found["advanced"]["images"] == len(kept) and (found["all"]["pearson"] or 0) < 0
+    assert found["advanced"]["images"] == len(chosen) and (found["all"]["pearson"] or 0) < 0
 
 
 # --- UniGenBench

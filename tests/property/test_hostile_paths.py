@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from data_builders import image_bytes, pickapic_row, source, write_jsonl, write_parquet
-from hostile_ends import READ, REFUSED, end_of
+from hostile_ends import READ, REFUSED, count, end_of
 from hostile_readers import put
 
 from t2i_align.contract import Media
@@ -76,7 +76,7 @@ def test_rows_name_no_file_outside_their_folder(home: Path, suffix: str) -> None
             ends += [REFUSED for _, reason in found.stats.skipped if reason]
             assert ends == [READ if name == "good.png" else REFUSED], (kind, name, ends)
             counts[ends[0]] += 1
-    print(suffix, counts)
+    count(counts.elements())
 
 
 def test_files_inside_are_inside_however_they_are_named(tmp_path: Path) -> None:

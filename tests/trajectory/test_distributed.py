@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from t2i_align.checks_distributed import alone, unfit
 from t2i_align.errors import RecipeError, TrainingError
 from t2i_align.recipe import load_recipe
 from t2i_align.train.distributed import Launch, explained, torchrun
-from t2i_align.train.sharding import unfit
 from tests import ranks, runs
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -286,7 +286,8 @@ def test_sharding_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
     runs.point_pairs(tmp_path / "pairs.jsonl", 4, seed=0)
     plain = sections(tmp_path, 2, train=FSDP2)
     path = runs.write_recipe(tmp_path, "run", plain)
-    assert unfit(load_recipe(path), 2) == []
+    loaded = load_recipe(path)
+    assert alone(loaded, 2) == [] == list(unfit(loaded))
     with pytest.raises(RecipeError, match="one process has nothing to share with"):
         runs.train(tmp_path, "run", plain)
     for override, key in (
@@ -294,5 +295,6 @@ def test_sharding_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
         ("train.mixed_precision=fp16", "train.mixed_precision"),
         ("reference.refresh=hard", "reference.refresh"),
     ):
-        found = unfit(load_recipe(path, [override], run_checks=False), 2)
-        assert [p.key for p in found] == [key]
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path, [override])
+        assert [p.key for p in caught.value.problems] == [key]

@@ -6,6 +6,7 @@ Every claim compares a run that reads the cache with one that asks its reference
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from rich.console import Console
 
 from t2i_align.errors import RecipeError, TrainingError
+from t2i_align.generators.views import Views
 from t2i_align.recipe import load_recipe
+from t2i_align.train.loop import Run
+from t2i_align.train.plan import plan
 from t2i_align.train.run import train
 from tests import runs
 from tests.tiny import llama_folder
@@ -133,22 +137,145 @@ def test_another_model_has_a_place_of_its_own(sections: dict[str, Any], tmp_path
     assert seeded["reference_cache"] == {"read": 0, "scored": 32}
 
 
-def test_numbers_of_another_model_stop_the_run(sections: dict[str, Any], tmp_path: Path) -> None:
-    """A space whose values were swapped by hand, hashes included, is noticed at the first read."""
+def swap_values(folder: Path) -> Path:
+    """Other numbers in the only part of a cache, hashes included."""
     from safetensors.torch import load_file, save_file
 
     from t2i_align.data.cache import HASH, tensors_sha256
 
-    run(tmp_path, "first", sections, ALWAYS)
-    (part,) = (tmp_path / "cache" / "v1").glob("reference-*/part-*.safetensors")
+    (part,) = (folder / "cache" / "v1").glob("reference-*/part-*.safetensors")
     wrong = load_file(part)
     wrong["values"] = wrong["values"] * 1.5
     save_file(wrong, part, metadata={HASH: tensors_sha256(wrong)})
+    return part
+
+
+def test_numbers_of_another_model_stop_the_run(sections: dict[str, Any], tmp_path: Path) -> None:
+    """A space whose values were swapped by hand, hashes included, is noticed at the first read."""
+    run(tmp_path, "first", sections, ALWAYS)
+    part = swap_values(tmp_path)
     with pytest.raises(TrainingError, match="is not of this reference: log-likelihoods differ"):
         run(tmp_path, "second", sections)
     part.write_bytes(part.read_bytes()[:-3])  # a broken one is set aside and paid for again
     again, _ = run(tmp_path, "third", sections, ALWAYS)
     assert again["reference_cache"] == {"read": 0, "scored": 32}
+
+
+NO_COPY = "the reference cache has all that this run asks: no copy of the network is made"
+
+
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each run from here on made a copy of its network for the reference."""
+    made: list[bool] = []
+    own = Views.settle_reference
+
+    def noted(views: Views, *, needed: bool) -> None:
+        own(views, needed=needed)
+        made.append(views.reference is not None)
+        assert views.reference is not views.module
+
+    monkeypatch.setattr(Views, "settle_reference", noted)
+    return made
+
+
+def test_a_full_cache_leaves_the_reference_unmade(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full training, resumed as well: no second network, the same bits as with one; a run that
+    asks one record more makes it, and asks it.
+    """
+    made = copies(monkeypatch)
+    often = "train.checkpointing_steps=5"
+    run(tmp_path, "first", sections, ALWAYS, often)
+    summary, said = run(tmp_path, "second", sections, often)
+    assert said.endswith("32 items and draws are there") and made == [True, False]
+    assert summary["reference_cache"] == {"read": 32, "scored": 0}
+    again = ("train.resume_from_checkpoint=latest", often)
+    for folder in (tmp_path / "second" / "checkpoints").glob("step-*8"):
+        shutil.rmtree(folder)
+    run(tmp_path, "second", sections, *again)
+    assert made == [True, False, False]
+    ours, theirs = runs.weights(tmp_path / "first", 8), runs.weights(tmp_path / "second", 8)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert runs.losses(tmp_path / "first") == runs.losses(tmp_path / "second")
+    run(tmp_path, "second", sections, *again)  # nothing is left to do
+    assert made.pop()
+    longer, _ = run(tmp_path, "longer", sections, ALWAYS, "train.max_train_steps=9")
+    assert made[3:] == [True] and longer["reference_cache"] == {"read": 32, "scored": 4}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_run_that_goes_on_with_another_batch_size_asks_what_it_will_meet(
+    size: int, sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At step 5 ten of sixteen records are seen. Three steps of 1 meet known ones.
+
+    Of three steps of 4 the last two hold unknown ones, so the copy is made after all.
+    """
+    made = copies(monkeypatch)
+    run(tmp_path, "first", sections, ALWAYS)
+    short = ("train.checkpointing_steps=5",)
+    run(tmp_path, "second", sections, *short)
+    for folder in (tmp_path / "second" / "checkpoints").glob("step-*8"):
+        shutil.rmtree(folder)
+    again = (f"train.train_batch_size={size}", "train.resume_from_checkpoint=latest", *short)
+    summary, _ = run(tmp_path, "second", sections, *again)
+    assert made == [True, False, size == 4]
+    scored = {1: 0, 4: 16}[size]
+    assert summary["reference_cache"] == {"read": 6 * size - scored, "scored": scored}
+
+
+def test_nothing_can_ask_a_reference_that_was_not_made(
+    sections: dict[str, Any], tmp_path: Path
+) -> None:
+    """Half of the memory: the views hold one network, and scoring by the other view is an error."""
+    run(tmp_path, "first", sections, ALWAYS)
+    console = Console(file=io.StringIO(), width=400)
+    path = runs.write_recipe(tmp_path, "second", sections)
+    found = Run(load_recipe(path), console)
+    assert NO_COPY in console.file.getvalue()  # type: ignore[attr-defined]
+    assert found.generator.views.reference is None
+    drawn = found.feed.at(0)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="no reference was set up"):
+        found.generator.score(drawn.event, "reference")
+    found.feed.close()
+
+
+def test_the_plan_says_what_the_copy_costs(sections: dict[str, Any], tmp_path: Path) -> None:
+    """Without it the peak is lower by exactly its weights; `never` has no such line."""
+    path = runs.write_recipe(tmp_path, "planned", sections)
+    memory = plan(load_recipe(path)).memory
+    assert memory["reference copy"] == memory["weights"] > 0
+    assert memory["peak, reference all cached"] == memory["peak"] - memory["weights"]
+    assert "peak, reference all cached" not in plan(load_recipe(path, (NEVER,))).memory
+
+
+def test_weights_of_an_earlier_run_are_a_reference_that_needs_no_copy_either(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """model.start_from: other numbers than the base's, read in the next run."""
+    run(tmp_path, "base", sections, NEVER)
+    on = f"model.start_from={tmp_path / 'base'}"
+    run(tmp_path, "live", sections, NEVER, on)
+    made = copies(monkeypatch)
+    first, _ = run(tmp_path, "first", sections, ALWAYS, on)
+    second, _ = run(tmp_path, "second", sections, on)
+    assert (first["reference_cache"]["scored"], second["reference_cache"]["scored"]) == (32, 0)
+    assert made == [True, False]
+    curve = runs.losses(tmp_path / "live")
+    assert curve == runs.losses(tmp_path / "first") == runs.losses(tmp_path / "second")
+    assert curve[0] == pytest.approx(LN2, abs=1e-6) and curve != runs.losses(tmp_path / "base")
+
+
+def test_wrong_numbers_are_noticed_where_the_copy_is_made_too(
+    sections: dict[str, Any], tmp_path: Path
+) -> None:
+    """A longer run makes its reference, and holds the first batch it reads against that."""
+    run(tmp_path, "first", sections, ALWAYS)
+    swap_values(tmp_path)
+    with pytest.raises(TrainingError, match="is not of this reference: log-likelihoods differ"):
+        run(tmp_path, "longer", sections, ALWAYS, "train.max_train_steps=9")
+    assert not list((tmp_path / "longer" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,41 @@ def test_a_broken_module_is_named(parts: dict[str, Any], tmp_path: Path) -> None
         patch.setattr(Engine, "micro", broken)
         run(tmp_path, "two", recipe)
     assert "first in module blocks.1.attn.to_v" in caught.value.message
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_an_adapter_that_broke_is_named_and_skipped_so_often_only(
+    parts: dict[str, Any], tmp_path: Path, allowed: int
+) -> None:
+    """A LoRA factor is NaN from step 3 on: each step says so, one beyond the bound stops."""
+    model = parts["model"] | {"lora": {"r": 2, "lora_alpha": 2}}
+    real, broken = Engine.micro, "blocks.1.attn.to_v.lora_B.default.weight"
+
+    def micro(self: Engine, *, last: bool) -> Any:
+        if self.samples_seen == 8:
+            with torch.no_grad():
+                self.trained[broken].fill_(float("nan"))
+        return real(self, last=last)
+
+    told, path = io.StringIO(), runs.write_recipe(tmp_path, "run", parts | {"model": model})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as caught:
+        patch.setattr(Engine, "micro", micro)
+        often = [f"train.max_skipped_steps={allowed}", "train.checkpointing_steps=100"]
+        recipe = load_recipe(path, often)  # a save would find the weights themselves broken
+        train(recipe, Console(file=told, width=1000))
+    lines = [x for x in told.getvalue().splitlines() if x.startswith("skipped")]
+    assert len(lines) == allowed
+    module = broken.removesuffix(".weight")
+    for step, text in enumerate([*lines, caught.value.message], start=3):
+        assert f"non-finite loss at step {step}; first in module {module}; noise" in text
+        levels = re.search(r"noise levels: ([0-9., ]+);", text)
+        assert levels and len(levels[1].split(", ")) == 2  # one a record
+        assert all(0 <= float(x) <= 1 for x in levels[1].split(", "))
+        named = re.search(r"records: ([0-9, ]+)", text)
+        assert named and set(named[1].split(", ")) <= {str(i) for i in range(12)}
+    assert ("all 2 skips were used before" in caught.value.message) == (allowed == 2)
+    seen = runs.losses(tmp_path / "run", "samples_seen")
+    assert seen == [4.0 * n for n in range(1, 3 + allowed)]
 
 
 def test_a_skipped_step_is_one_without_update(

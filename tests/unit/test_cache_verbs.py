@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,12 +243,68 @@ def test_prune_lists_first_and_deletes_what_no_recipe_needs(
     assert contents(cache) == before
     assert "3 deleted" in ok("prune", cache, "--keep", path, "--yes")
     assert contents(cache) == contents(built[1])
-    assert "0 would be deleted" in ok("prune", cache, "--keep", path)
+    assert "0 would be deleted, and 0 files" in ok("prune", cache, "--keep", path)
     assert "3 would be deleted" in ok("prune", cache)  # nothing is kept that no recipe asks for
     ok("prune", cache, "--yes")
     assert contents(cache) == {}
-    ok("build", path, f"cache.dir={cache}")  # manifests that stayed do not hide what is gone
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    ok("build", path, f"cache.dir={cache}")
     assert contents(cache) == contents(built[1])
+
+
+def records_of(cache: Path) -> dict[str, set[str]]:
+    """Names of manifests' files and of notes."""
+    return {
+        kind: {p.name for p in (cache / "v1" / kind).iterdir()} for kind in ("manifests", "uses")
+    }
+
+
+def test_prune_takes_manifests_and_notes_of_what_goes_and_no_others(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A second precision has stores, a manifest and notes of its own, which go with it; a space
+    that is removed by hand leaves a manifest and notes that the next prune finds.
+    """
+    path, cache = built[0], copy_of(built[1], tmp_path)
+    own = records_of(cache)
+    assert len(own["manifests"]) == 2 and own["uses"]
+    ok("build", path, f"cache.dir={cache}", "cache.dtype=float16", f"output_dir={tmp_path / 'h'}")
+    both = records_of(cache)
+    assert len(both["manifests"]) == 4 and len(both["uses"]) == len(own["uses"]) + 2
+    text = ok("prune", cache, "--keep", path)
+    assert "3 would be deleted, and 4 files of manifests and notes" in text
+    assert records_of(cache) == both
+    assert "3 deleted, and 4 files" in ok("prune", cache, "--keep", path, "--yes")
+    assert records_of(cache) == own
+    assert "0 media, 0 prompts, 0 reference" in ok("build", path, f"cache.dir={cache}")
+    (media,) = (cache / "v1").glob("media-*")
+    shutil.rmtree(media)
+    ok("prune", cache, "--keep", path, "--yes")  # the manifest goes; text is still there
+    assert records_of(cache)["manifests"] == set() and records_of(cache)["uses"] == own["uses"]
+    ok("build", path, f"cache.dir={cache}")
+    assert contents(cache) == contents(built[1]) and records_of(cache) == own
+
+
+def test_a_manifest_that_names_no_spaces_stays_as_long_as_any_space(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As earlier versions wrote it: read as it is, removed with the last space."""
+    path, cache = built[0], copy_of(built[1], tmp_path)
+    (report,) = (cache / "v1" / "manifests").glob("*.json")
+    facts = json.loads(report.read_text())
+    assert {name.partition("-")[0] for name in facts.pop("spaces")} == {"media", "text"}
+    report.write_text(json.dumps(facts))
+    assert "0 media, 0 prompts, 0 reference" in ok("build", path, f"cache.dir={cache}")
+    assert "spaces" not in json.loads(report.read_text())  # it was not made anew
+    torn = [report.with_name(f".{name}.arrow.0.tmp") for name in ("young", "old")]
+    for stray in torn:  # of a killed write, or of one that goes on
+        stray.touch()
+    os.utime(torn[1], (0, 0))
+    assert "0 deleted, and 1 files" in ok("prune", cache, "--keep", path, "--yes")
+    assert torn[0].is_file() and not torn[1].exists()
+    torn[0].unlink()
+    ok("prune", cache, "--yes")
+    assert [p for p in cache.rglob("*") if p.is_file()] == []
 
 
 def test_errors_of_a_process_reach_the_user(model: Path, tmp_path: Path) -> None:

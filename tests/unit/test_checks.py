@@ -159,9 +159,12 @@ BROKEN: list[tuple[str, list[str], str, str]] = [
 ]
 # Those that need a prepared machine, file or table have their own test below.
 ELSEWHERE = {"objective-generator", "fp16-needs-cuda", "optimizer-package", "output-folder"}
+ELSEWHERE |= {"distributed", "zero-options"}  # test_zero.py, and the two below
+ELSEWHERE |= {"deepspeed-installed", "deepspeed-needs-cuda"}
 # Those of checks_model.py: test_ways_to_train_*.py.
 ELSEWHERE |= {"quantized-base", "quantized-package", "distilled-model"}
 ELSEWHERE |= {"attention-backend", "compile-toolchain"}
+ELSEWHERE |= {"scored-frames"}  # test_clip_masks.py
 
 
 def failures(recipe: Recipe, *, cuda: bool | None = None) -> set[str]:

@@ -102,8 +102,10 @@ def test_adjectives_leave_spaces_before_marks() -> None:
     assert without_adjectives(parse("the red/ADJ hen/NOUN , wet/ADJ .")) == "the hen , ."
 
 
-def test_spacy_answers_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its interface, played: spaCy itself is not a dependency."""
+def test_spacy_answers_are_taken_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its interface, played; test_spacy_parser.py asks spaCy itself where it is installed."""
 
     class Document(list):
         noun_chunks = (SimpleNamespace(text="a hen"), SimpleNamespace(text="the left"))
@@ -112,24 +114,32 @@ def test_spacy_answers_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
     made = Document(SimpleNamespace(text=t, pos_=p, idx=i) for t, p, i in words)
 
     class Pipeline:
-        def __init__(self, version: str) -> None:
-            self._meta = {"version": version}
+        def __init__(
+            self, version: str, pipe_names: tuple[str, ...] = ("tagger", "parser")
+        ) -> None:
+            self.meta, self.path, self.pipe_names = {"version": version}, tmp_path, pipe_names
 
         def __call__(self, text: str) -> Document:
             assert text == "a hen near"
             return made
 
-    hashes = set()
-    for version in ("3.5.0", "3.7.1"):
-        fake = SimpleNamespace(load=lambda name, v=version: Pipeline(v), __version__="3.5.0")
+    def parser(version: str, weights: bytes) -> SpacyParser:
+        (tmp_path / "weights").write_bytes(weights)
+        fake = SimpleNamespace(load=lambda name: Pipeline(version), __version__="3.5.0")
         monkeypatch.setitem(sys.modules, "spacy", fake)
-        parser = SpacyParser()
-        found = parser("a hen near")
-        assert found.tokens[1] == Token("hen", "NOUN", 2)
-        assert questions(found.chunks) == ["a hen?"]
-        assert version in parser.identity()["parser"]
-        hashes.add(parser.identity()["parser_sha256"])
-    assert len(hashes) == 2
+        return SpacyParser()
+
+    found = parser("3.5.0", b"1")("a hen near")
+    assert found.tokens[1] == Token("hen", "NOUN", 2)
+    assert questions(found.chunks) == ["a hen?"]
+    first, other = (parser("3.5.0", w).identity() for w in (b"1", b"2"))
+    assert first["parser"] == other["parser"] == "spacy en_core_web_sm (3.5.0, 3.5.0)"
+    assert first["parser_sha256"] != other["parser_sha256"]  # the same name, other weights
+    assert parser("3.5.0", b"1").identity() == first
+    blank = SimpleNamespace(load=lambda name: Pipeline("1", ()), __version__="3.5.0")
+    monkeypatch.setitem(sys.modules, "spacy", blank)
+    with pytest.raises(ModelError, match=r"(?s)no parser, only a tokenizer.*parser=pattern"):
+        SpacyParser()("a hen near")
 
 
 def test_without_spacy_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from t2i_align.catalog import cards, find_root
+from t2i_align.catalog import cards, find_root, read_card
 from t2i_align.cli import build_app
 from t2i_align.errors import DataError, RecipeError, UserError
 from t2i_align.evaluate import gallery, prompt_files
@@ -63,18 +63,38 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_published_table_is_of_a_benchmark_and_adds_up() -> None:
-    """The overall of GenEval is the mean of its six tasks; READMEs round to 0.01 or 0.02."""
+    """Tasks have our names; totals that are means of the tasks are, up to rounding."""
     files = [p.parent.parent.name for p in (find_root() / "eval").glob("*/published/*.yaml")]
-    assert {"geneval", "geneval_long"} <= set(files)
+    assert set(files) == {"dpg_bench", "dsg", "genai_bench", "geneval", "geneval_long"} | {
+        *("hpsv2_bench", "t2i_compbench")
+    }
     for name in set(files):
+        tasks = read_card(find_root() / "eval" / name / "card.yaml").details.get("tasks", [])
         for table in published(name):
             assert table.benchmark == name and name in BENCHMARKS
-    (table,) = published("geneval")
-    full = [r for r in table.rows if set(r.tasks) == set(TASKS)]
-    assert len(full) == 10
-    for row in full:
-        mean = sum(row.tasks.values()) / 6
-        assert row.overall == pytest.approx(mean, abs=0.011), row.model
+            assert "commit" in table.source and table.protocol
+            for row in table.rows:
+                assert set(row.tasks) <= set(tasks) and (row.tasks or row.overall), row.model
+    means = {"geneval": (0.011, 11), "hpsv2_bench": (0.011, 10)}
+    for name, (rounding, num) in means.items():
+        (table,) = published(name)
+        full = [r for r in table.rows if r.tasks]
+        assert len(full) == num
+        for row in full:
+            mean = sum(row.tasks.values()) / len(row.tasks)
+            assert row.overall == pytest.approx(mean, abs=rounding), row.model
+    for table in published("genai_bench"):  # basic and advanced overlap: the total lies between
+        for row in table.rows:
+            assert row.overall is not None
+            assert row.tasks["advanced"] < row.overall < row.tasks["basic"], row.model
+
+
+def test_dsgs_table_is_the_one_that_is_reproduced(benchmarks_dir: Path) -> None:
+    """Its total is the mean over the prompts: 160 + 200 + 6 times 100 + 200 of them."""
+    ((row,),) = (table.rows for table in published("dsg"))
+    known = json.loads((benchmarks_dir / "dsg" / "parity_expected.json").read_text())
+    stated = {k: float(v) for k, v in known["expected_percent"].items()}
+    assert row.tasks | {"all": row.overall} == stated
 
 
 def ours(protocol: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +118,11 @@ def test_rows_stand_beside_ours_only_where_the_protocols_agree() -> None:
     (partial_,) = beside(ours(same) | {"partial": True})
     assert partial_["rows"] == [] and partial_["differ"] == ["pictures are missing here"]
     unknown = {k: v for k, v in same.items() if k != "prompts_sha256"}
-    assert "prompts_sha256" in agreement(table, unknown)[1]
+    differ, unstated = agreement(table, unknown)
+    assert differ == ["prompts_sha256: 5c48e0813e81... there, unknown here"]
+    assert "prompts_sha256" not in unstated
+    (replayed,) = beside(ours({"benchmark": "geneval", "origin": "unknown"}))
+    assert replayed["rows"] == [] and len(replayed["differ"]) == 6
 
 
 def test_a_mistake_in_a_table_is_located(tmp_path: Path) -> None:

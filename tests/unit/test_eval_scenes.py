@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from t2i_align.catalog import find_root
+from t2i_align.cli import build_app
 from t2i_align.errors import DataError
 from t2i_align.evaluate.compare import compare, table
 from t2i_align.evaluate.run import Request, run
@@ -77,6 +79,9 @@ def test_compare_counts_pairs(folders: tuple[Path, Path]) -> None:
     assert result["graded"]["difference"]["mean"] > 0.3
     rows = table(result)
     assert rows[-1]["task"] == "overall" and rows[-1]["win/tie/lose"] == "35/36/1"
+    assert overall["mcnemar_p"] == 37 * 2 / 2**36
+    told = CliRunner().invoke(build_app(), ["compare", *map(str, folders)]).stdout
+    assert told.splitlines()[-1] == "McNemar's exact test over all pictures: p = 1.1e-09"
     same = compare(folders[0], folders[0])["overall"]
     assert same["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 

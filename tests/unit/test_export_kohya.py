@@ -126,6 +126,39 @@ def test_stock_diffusers_misreads_alphas_that_differ() -> None:
     assert {net.get_submodule(n).scaling["default_0"] for n in names} == {2.0}
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "key"),
+    [
+        ("StableDiffusionPipeline", "lora_unet_mid_block_attentions_0_proj_in"),
+        ("StableDiffusionXLPipeline", "lora_unet_middle_block_1_proj_in"),
+        ("FluxPipeline", "lora_unet_double_blocks_0_img_mlp_0"),
+        ("StableDiffusion3Pipeline", "transformer.transformer_blocks.0.ff.net.2"),
+    ],
+)
+def test_stock_diffusers_drops_the_magnitudes_of_dora(pipeline: str, key: str) -> None:
+    """Why DoRA is refused: ``dora_scale``, ComfyUI's key, is filtered out before anything is read.
+
+    What is left is a plain LoRA: another model, loaded without an error. Should this fail, DoRA can
+    be written.
+    """
+    import diffusers
+
+    stock: Any = getattr(diffusers, pipeline)
+    ends = ("lora_down", "lora_up") if key.startswith("lora_") else ("lora_A", "lora_B")
+    state = {
+        f"{key}.{ends[0]}.weight": torch.ones(2, 8),
+        f"{key}.{ends[1]}.weight": torch.ones(8, 2),
+    }
+    state |= {f"{key}.alpha": torch.tensor(2.0)} if ends[0] == "lora_down" else {}
+    plain, dora = ({**state, **more} for more in ({}, {f"{key}.dora_scale": torch.ones(8, 1)}))
+    seen = []
+    for given in (plain, dora):
+        read = stock.lora_state_dict(given)
+        seen.append(read[0] if isinstance(read, tuple) else read)
+    assert seen[0].keys() == seen[1].keys() and len(seen[0]) == 2
+    assert not any("magnitude" in k or "dora" in k for k in seen[1])
+
+
 def test_sd15_keeps_diffusers_names() -> None:
     name = "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0"
     layer = LowRank(torch.ones(2, 3), torch.ones(4, 2), 1.5)

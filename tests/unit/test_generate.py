@@ -17,6 +17,7 @@ from rich.console import Console
 from t2i_align.errors import DataError, ModelError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_options import DiffusersOptions
+from t2i_align.process.seeds import normals
 from t2i_align.rollout.generate import Settings, generate, load_weights, read_prompts
 from tests import runs
 from tests.tiny import pipeline_folder
@@ -143,3 +144,62 @@ def test_torch_global_generator_is_not_used(folder: Path, tmp_path: Path) -> Non
         generate(generator(folder), ["a cat"], QUICK, tmp_path / name, quiet)
     one, two = (tmp_path / n / "00000-00.png" for n in ("a", "b"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def said_by(*args: str, fails: bool) -> str:
+    """What the verb prints."""
+    from typer.testing import CliRunner
+
+    from t2i_align.cli import build_app
+
+    result = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"}).invoke(build_app(), list(args))
+    assert (result.exit_code != 0) is fails, result.output
+    return result.output
+
+
+def test_size_is_height_and_width_of_the_files(folder: Path, tmp_path: Path) -> None:
+    """The flag is the recipe key: the same pixels as by ``model.sample_size``, and the pipeline's.
+
+    Nothing but the size decides, so another --size does not go on in the same folder.
+    """
+    call = ["generate", "--model", str(folder), "--prompt", "a cat", "--seed", "3"]
+    call += ["--num-inference-steps", "2", "--guidance-scale", "3"]
+    said_by(*call, "--size", "64x96", "--out", str(tmp_path / "a"), fails=False)
+    found = pixels(tmp_path / "a" / "00000-00.png")
+    assert found.shape == (64, 96, 3)
+    (row,) = map(json.loads, (tmp_path / "a" / "metadata.jsonl").read_text().splitlines())
+    assert row["size"] == [64, 96]
+    options = {"name_or_path": str(folder), "resolution": 64, "sample_size": (64, 96)}
+    made = DiffusersGenerator(DiffusersOptions.model_validate(options))
+    load_weights(made, None, None)
+    settings = Settings(num_inference_steps=2, guidance_scale=3.0, seed=3)
+    generate(made, ["a cat"], settings, tmp_path / "b", Console(file=io.StringIO()))
+    assert (found == pixels(tmp_path / "b" / "00000-00.png")).all()
+    noise = normals(torch.tensor([row["noise_seed"]]), (4, 8, 12))
+    pipe = made.pipe
+    stock = pipe(
+        "a cat", height=64, width=96, num_inference_steps=2, guidance_scale=3.0, latents=noise
+    ).images[0]
+    assert np.abs(found - np.asarray(stock).astype(int)).max() <= 1
+    told = said_by(*call, "--size", "96x64", "--out", str(tmp_path / "a"), fails=True)
+    assert "nothing in it was touched" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--size", "big"], "--size: 'big' is no HxW"),
+        (["--size", "64x64", "--resolution", "64"], "--size and --resolution both say how large"),
+        (["--size", "60x100"], "--size: 60 x 100 are not positive multiples of 8"),
+        (["--size", "60x100"], "fix: use 56x96"),
+        (["--size", "0x64"], "--size: 0 x 64 are not positive multiples of 8"),
+        (["--resolution", "68"], "--resolution: 68 is not a multiple of 8"),
+        (["--num-frames", "5"], "--num-frames: this family makes pictures"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_by_their_option(
+    folder: Path, tmp_path: Path, given: list[str], said: str
+) -> None:
+    out = ["--prompt", "a", "--out", str(tmp_path / "o")]
+    assert said in said_by("generate", "--model", str(folder), *out, *given, fails=True)
+    assert not (tmp_path / "o").exists()

@@ -95,7 +95,7 @@ def test_full_fine_tuning_needs_a_copy_and_more_states(tmp_path: Path, data: Pat
     assert (small.memory["activations"] - casts) < 0.7 * adamw.memory["activations"]
     factored = planned(tmp_path, data, full, optimizer="adafactor")
     assert 0.2 < factored.memory["optimizer"] / adamw.memory["optimizer"] < 0.5  # convolutions
-    parts = sum(v for k, v in adamw.memory.items() if k != "peak")
+    parts = sum(v for k, v in adamw.memory.items() if not k.startswith("peak"))
     # gradients come while activations go, so the peak is under the sum but above what stays
     assert parts - adamw.memory["gradients"] < adamw.memory["peak"] < 1.05 * parts
 

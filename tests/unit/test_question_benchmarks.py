@@ -14,15 +14,16 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from t2i_align.catalog import find_root
+from t2i_align.cli import build_app
 from t2i_align.errors import DataError, ModelError
 from t2i_align.evaluate.benchmark import Item, Picture
 from t2i_align.evaluate.benchmarks import build
 from t2i_align.evaluate.benchmarks.dpg import read_texts
 from t2i_align.evaluate.benchmarks.unigenbench import EACH, read_facts
 from t2i_align.evaluate.human import bench
-from t2i_align.evaluate.metrics.genai import human_agreement
 from t2i_align.evaluate.metrics.question_graph import (
     Proposition,
     is_yes,
@@ -551,13 +552,23 @@ def test_how_far_a_judge_follows_people_skill_by_skill(tmp_path: Path) -> None:
             (tmp_path / model).mkdir(exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / model / f"{name}.jpeg")
     (tmp_path / "genai_image.json").write_text(json.dumps(table))
-    found = human_agreement(load("saturation"), tmp_path)
-    assert list(found) == ["basic", "advanced", "counting", "scene", "all"]
+    told = bench("genai_bench", load("saturation"), tmp_path)[0]
+    found = told["ratings_by_part"]
+    assert list(found) == ["basic", "scene", "advanced", "counting", "all"]
     assert found["scene"]["kendall"] == pytest.approx(1) and found["scene"]["images"] == 3
     assert found["advanced"]["kendall"] == pytest.approx(-1)
     assert found["basic"]["images"] == 6 and found["all"]["images"] == 9
-    everything = bench("genai_bench", load("saturation"), tmp_path)[0]["ratings"]
-    assert found["all"] == everything
+    assert found["all"] == told["ratings"]
+    words = ["judges", "bench", "genai_bench", "--judge", "saturation", "--data", str(tmp_path)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(build_app(), words)
+    table = done.stdout.split("ratings by part, saturation")[1]
+    rows = [line.split() for line in table.splitlines() if line.strip()]
+    assert rows[0] == ["name", "images", "pearson", "kendall", "acc_eq", "width"]
+    assert {row[0]: row[3] for row in rows[1:]}["scene"] == "1.0000"
+    again = json.loads(CliRunner().invoke(build_app(), [*words, "--json"]).stdout)
+    assert again[0]["ratings_by_part"] == found
+    (tmp_path / "genai_skills.json").unlink()
+    assert "ratings_by_part" not in bench("genai_bench", load("saturation"), tmp_path)[0]
 
 
 def unigen_file(path: Path) -> str:

@@ -57,8 +57,8 @@ TRAIN_KEYS = (
     "adam_beta1, adam_beta2, adam_epsilon, channels_last, checkpointing_steps, "
     "checkpoints_total_limit, compile, distributed, divergence_limit, ema_decay, "
     "gradient_accumulation_steps, learning_rate, logging_steps, lr_scheduler, lr_warmup_steps, "
-    "max_grad_norm, max_skipped_steps, max_train_steps, mixed_precision, optimizer, report_to, "
-    "resume_from_checkpoint, scale_lr, train_batch_size, weight_decay"
+    "max_grad_norm, max_skipped_steps, max_train_steps, memory_gb, mixed_precision, optimizer, "
+    "report_to, resume_from_checkpoint, scale_lr, train_batch_size, weight_decay"
 )
 
 

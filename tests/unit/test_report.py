@@ -317,6 +317,21 @@ def test_a_label_stays_inside_the_picture() -> None:
     assert 0 < inside[1] < 64
 
 
+def test_labels_keep_clear_of_each_other() -> None:
+    """Boxes side by side, whose labels above them would lie over each other."""
+    tie = Detection("tie", 0.97, (3, 20, 21, 51), None, "purple")
+    bed = Detection("bed", 0.98, (32, 23, 60, 40), None, "black")
+    weak = Detection("car", 0.1, (3, 20, 21, 51))
+    first, unseen, second = gallery.boxes_of([tie, weak, bed], 0.3, (64, 64))
+    assert first == gallery.box_of(tie, True, (64, 64)) and not unseen.counted
+    assert gallery.box_of(bed, True, (64, 64)).text[1] == pytest.approx(21.6, abs=0.1)  # above
+    assert second.text[1] > 40  # below its box
+    apart = gallery.boxes_of([tie, Detection("bed", 0.98, (32, 60, 60, 64))], 0.3, (64, 64))
+    assert apart[1].text[1] < 60
+    ten = gallery.boxes_of([tie] * 10, 0.3, (64, 64))  # no room is left: on top of each other
+    assert len({b.text for b in ten}) == 5
+
+
 def test_the_counting_task_counts_by_its_own_threshold(root: Path) -> None:
     row = read_rows(root / "b")[3] | {"detections": [], "reason": "a\nb"}
     row["detections"] = [{"class": "car", "score": s, "box": [0, 0, 9, 9]} for s in (0.95, 0.5)]

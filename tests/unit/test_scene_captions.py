@@ -1,4 +1,4 @@
-"""False captions of right pictures: judged false, nearest in words, training prompts only."""
+"""Captions by the exact judge: false ones of right pictures, true ones of wrong pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_builders import source
 from PIL import Image
 
 from t2i_align.errors import DataError
-from t2i_align.scenes.captions import build_captions, caption_rows, nearest_false, words_apart
+from t2i_align.scenes.captions import build_captions, caption_rows, nearest, words_apart
 from t2i_align.scenes.grammar import Metadata, prompts, scene_for
 from t2i_align.scenes.pairs import encoded, verdicts
 from t2i_align.scenes.render import render
@@ -58,9 +58,40 @@ def test_a_true_caption_is_passed_over_for_the_next_one() -> None:
     red, car, bird = (TRAINING[f"a photo of a {x}"] for x in ("red car", "car", "bird"))
     image = picture(red)
     rng = np.random.default_rng(0)
-    assert nearest_false(image, red["prompt"], [red, car, bird], rng) == bird["prompt"]
-    assert nearest_false(image, red["prompt"], [red, car], rng) is None
-    assert nearest_false(image, bird["prompt"], [bird, car], rng) is None, "not right itself"
+    assert nearest(image, red["prompt"], [red, car, bird], rng, true=False) == bird["prompt"]
+    assert nearest(image, red["prompt"], [red, car], rng, true=False) is None
+    assert nearest(image, bird["prompt"], [bird, car], rng, true=False) is None, "not right itself"
+
+
+def test_the_wrong_picture_of_a_pair_gets_the_nearest_caption_that_is_true(tmp_path: Path) -> None:
+    """Winners of eight prompts of each task under them, losers under what they show."""
+    by_task = prompts(held_out=False)
+    wanted = [m for items in by_task.values() for m in items[:: len(items) // 8]]
+    shown = [m for items in by_task.values() for m in items[3 :: len(items) // 8]]
+    pairs = []
+    for k, (m, other) in enumerate(zip(wanted, shown, strict=False)):
+        drawn = Image.fromarray(picture(other, 100 + k))
+        if not verdicts([drawn], m)[0][0]:
+            pairs.append(
+                pair(m, k) | {"jpg_0": encoded(drawn), "correct_0": False, "correct_1": True}
+            )
+    rows = list(caption_rows(pairs, seed=0, own=True))
+    assert len(rows) >= 0.9 * len(pairs) >= 20
+    for row in rows:
+        right, wrong = (
+            Image.open(io.BytesIO(row[f"image_{side}"])).convert("RGB")
+            for side in ("chosen", "rejected")
+        )
+        true, own = TRAINING[row["chosen_prompt"]], TRAINING[row["rejected_prompt"]]
+        assert verdicts([right], true)[0][0] and not verdicts([wrong], true)[0][0]
+        assert verdicts([wrong], own)[0][0]
+    file, out = tmp_path / "pairs.parquet", tmp_path / "own.parquet"
+    equal = pair(wanted[0], 999, correct_1=True)  # two right pictures prefer nothing
+    pq.write_table(pa.Table.from_pylist([*pairs, equal]), file)
+    assert build_captions([file], out, 0, own=True) == len(rows)
+    winner, loser = next(iter(source("captions", path=str(out)))).items
+    assert (winner.prompt, loser.prompt) == (rows[0]["chosen_prompt"], rows[0]["rejected_prompt"])
+    assert winner.media.data == rows[0]["image_chosen"]
 
 
 def test_both_pictures_of_a_pair_are_used_and_the_source_reads_the_file(tmp_path: Path) -> None:
@@ -89,7 +120,7 @@ def test_files_that_are_no_pairs_are_named(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.parquet"
     row = pair(prompts(held_out=False)["colors"][0], 0) | {"correct_0": False}
     pq.write_table(pa.Table.from_pylist([row]), wrong)
-    with pytest.raises(DataError, match="none of the 2 pictures is right"):
+    with pytest.raises(DataError, match="no picture is right in 1 pairs"):
         build_captions([wrong], tmp_path / "out.parquet", 0)
     assert not (tmp_path / "out.parquet").exists()
 

@@ -11,7 +11,13 @@ from recipe_files import write_pipeline, write_recipe
 
 from t2i_align.checks_model import distilled_warning, unfit_model
 from t2i_align.errors import ModelError, RecipeError
-from t2i_align.generators.distilled import REFINER, Described, distilled_reason, refiner_reason
+from t2i_align.generators.distilled import (
+    REFINER,
+    Described,
+    distilled_reason,
+    few_step_sampler,
+    refiner_reason,
+)
 from t2i_align.generators.known import KNOWN
 from t2i_align.recipe import load_recipe
 from tests import runs
@@ -53,6 +59,7 @@ def test_others_are_not_taken_for_one(name: str) -> None:
     known = KNOWN.get(name)
     parts = () if known is None else (known.index, known.denoiser, known.scheduler)
     assert distilled_reason(Described((name,), *parts)) is None
+    assert few_step_sampler(Described((name,), *parts)) is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,84 @@ def test_a_folder_is_refused_by_its_scheduler_unless_allowed(tmp_path: Path) -> 
     )
     scheduler(tmp_path / "model", _class_name="DDIMScheduler")
     assert distilled_warning(recipe) is None
+
+
+# what the hub's repositories hold: pipeline class, denoiser's config, scheduler's config
+RELEASED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "FLUX.1-schnell": (
+        "FluxPipeline",
+        {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": False},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+    ),
+    "SDXL-Turbo": ("StableDiffusionXLPipeline", {"sample_size": 64}, TURBO),
+    "LCM_Dreamshaper": (
+        "LatentConsistencyModelPipeline",
+        {"time_cond_proj_dim": 256},
+        {"_class_name": "LCMScheduler", "original_inference_steps": 50},
+    ),
+    "FLUX.2-klein": ("Flux2KleinPipeline", {"guidance_embeds": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_few_step_models_are_refused_by_their_configs_alone(
+    name: str, tmp_path: Path
+) -> None:
+    """Under a name that says nothing, without weights; validation, not a step of training."""
+    pipeline, denoiser, sampler = RELEASED[name]
+    path = write_recipe(tmp_path)
+    folder = write_pipeline(tmp_path / "model", pipeline)
+    part = "transformer" if pipeline.startswith("Flux") else "unet"
+    index = {"_class_name": pipeline, part: ["diffusers", "X"], "is_distilled": "klein" in name}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / part).mkdir()
+    (folder / part / "config.json").write_text(json.dumps(denoiser))
+    scheduler(folder, **sampler)
+    family = {"unet": "sdxl", "transformer": "flux"}[part]
+    assert "seems to be a few-step distilled model" in refused(path, f"model.family={family}")
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, True),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, True),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, False),
+        (
+            {
+                "_class_name": "DDIMScheduler",
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": True,
+            },
+            False,
+        ),
+    ],
+)
+def test_a_merged_lightning_or_hyper_adapter_is_warned_of(
+    config: dict[str, Any], warned: bool, tmp_path: Path
+) -> None:
+    """Its scheduler is all that is left of it, and plain models may have that: no refusal."""
+    path = write_recipe(tmp_path)
+    scheduler(tmp_path / "model", **config)
+    told = distilled_warning(load_recipe(path))
+    assert (told is not None) is warned
+    if told is not None:
+        assert "trailing, as of pipelines with a Lightning or Hyper-SD adapter merged in" in told
+        recipe = load_recipe(path, ["objective={type: spo}"], run_checks=False)
+        assert distilled_warning(recipe) is None
+
+
+def test_validate_says_the_warning(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from t2i_align.cli import build_app
+
+    model = pipeline_folder("sdxl", tmp_path / "sdxl")
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    scheduler(model, **config | {"timestep_spacing": "trailing"})
+    path = runs.write_recipe(tmp_path, "r", sections(model, tmp_path))
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(build_app(), ["validate", str(path)])
+    assert result.exit_code == 0 and "a Lightning or Hyper-SD adapter" in result.stdout
 
 
 def test_an_objective_on_trajectories_takes_any_model(tmp_path: Path) -> None:

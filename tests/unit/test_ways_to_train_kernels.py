@@ -219,6 +219,48 @@ def test_the_probes_precision_is_the_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [torch.bfloat16, torch.float16, torch.float32]
 
 
+def test_what_validation_probes_is_what_loading_probes(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel of half precision under autocast over float32 weights: both say yes.
+
+    Without autocast both say no, and `auto` passes it over.
+    """
+    from accelerate.state import AcceleratorState
+    from rich.console import Console
+
+    from t2i_align.train.setup import Setup
+
+    def only_half(kernel: str, device: str, dtype: torch.dtype) -> str | None:
+        half = dtype == torch.bfloat16 and kernel == "xformers"
+        return None if half or kernel == "sdpa" else "half precision alone"
+
+    monkeypatch.setattr(attention, "unusable", only_half)
+    used: list[str] = []
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel.enable_xformers_memory_efficient_attention",
+        lambda self: used.append("xformers"),
+    )
+    path = write_recipe(tmp_path)
+    where = [f"model.name_or_path={tiny['sdxl']}", "model.resolution=64"]
+    for precision, works in (("bf16", True), ("no", False)):
+        for choice in ("xformers", "auto"):
+            asked = [*where, f"model.attention={choice}", f"train.mixed_precision={precision}"]
+            recipe = load_recipe(path, asked)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            made = Setup(recipe, Console(quiet=True), claim=False).generator()
+            used.clear()
+            if works or choice == "auto":
+                assert list(checks.run_machine(recipe, cuda=False)) == []
+                made.load_module(0, reference=False)
+                assert used == (["xformers"] if works else [])
+            else:
+                assert list(checks.run_machine(recipe, cuda=False)) == ["attention-backend"]
+                with pytest.raises(ModelError, match="half precision alone"):
+                    made.load_module(0, reference=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 # -- torch.compile
 
 

@@ -25,7 +25,7 @@ from t2i_align.generators.quantize import (
     rounded,
 )
 from t2i_align.recipe import load_recipe
-from t2i_align.train.memory import net_bytes
+from t2i_align.train.memory import net_bytes, num_parameters
 from tests import runs
 from tests.denoisers import errors, event, folders, generator, train_adapters
 
@@ -34,8 +34,10 @@ LORA = LoraOptions(r=2, lora_alpha=2)
 INT8 = QuantizationOptions(type="int8")
 NF4 = QuantizationOptions(type="nf4")
 DOUBLE = QuantizationOptions(type="nf4", double_quant=True)
-KINDS = [INT8, NF4, DOUBLE]
-IDS = ["int8", "nf4", "nf4-double"]
+AO8 = QuantizationOptions(type="int8", backend="torchao")
+FLOAT8 = QuantizationOptions(type="float8")
+KINDS = [INT8, NF4, DOUBLE, AO8, FLOAT8]
+IDS = ["int8", "nf4", "nf4-double", "torchao-int8", "torchao-float8"]
 # quantiles of a normal by which nf4 codes (appendix E of the paper, rounded)
 NF4_CODE = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
 NF4_CODE += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
@@ -191,6 +193,8 @@ def test_the_planned_network_keeps_what_the_real_one_does(
     ]
     assert kinds[0] == kinds[1]
     assert net_bytes(planned.module, torch.float32) == net_bytes(g.module, torch.float32)
+    whole = sum(p.numel() for p in generator(tiny["sdxl"]).module.parameters())
+    assert num_parameters(planned.module) == num_parameters(g.module) == whole
     spec, seeds = DrawSpec(), torch.zeros(2, dtype=torch.int64)
     drawn = planned.draw(planned.example(2), spec, Seeds(seeds, seeds)).to("meta")
     planned.score(drawn, "policy").logp.sum().backward()
@@ -198,18 +202,28 @@ def test_the_planned_network_keeps_what_the_real_one_does(
 
 
 @pytest.mark.parametrize(
-    ("options", "bits"), zip(KINDS, [8, 4.5, 4 + 8 / 64 + 32 / (64 * 256)], strict=True), ids=IDS
+    ("options", "bits"),
+    list(
+        zip(
+            KINDS,
+            [8 + 1 / 32, 4.5, 4 + 8 / 64 + 32 / (64 * 256), 8 + 5 / 128, 8 + 1 / 32],
+            strict=True,
+        )
+    ),
+    ids=IDS,
 )
 def test_bits_a_weight(options: QuantizationOptions, bits: float) -> None:
-    """Scales included: int8's rows of 1024 add 1/32, the code of nf4's scales 8192 bits at all."""
+    """A row of 1024 has one scale (torchao's int8 an offset, too), nf4's scales a code, 8192 bits.
+
+    Of torchao's offsets all are 0.
+    """
     with torch.device("meta"):
         linear = nn.Linear(1024, 512, bias=False)
     kept = rounded(linear, options)
     num = (
         sum(b.numel() * b.element_size() * 8 for b in kept.buffers()) - 8192 * options.double_quant
     )
-    extra = {"int8": 1 / 32, "nf4": 0.0}[options.type]
-    assert num / (1024 * 512) == pytest.approx(bits + extra, abs=1e-4)
+    assert num / (1024 * 512) == pytest.approx(bits, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
@@ -228,7 +242,7 @@ def test_adapters_off_is_bitwise_the_quantised_base(
         assert torch.equal(errors(g, drawn, "reference"), plain)
         assert not torch.equal(errors(g, drawn), plain)
     off = ((plain - exact).abs() / exact).max().item()
-    assert 0 < off < (0.02 if options.type == "int8" else 0.3)
+    assert 0 < off < {"int8": 0.02, "float8": 0.1, "nf4": 0.3}[options.type]
     errors(g, drawn).sum().backward()
     grads = {k for k, p in g.module.named_parameters() if p.grad is not None}
     assert grads == g.views.trained().keys() and all("lora_" in k for k in grads)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from t2i_align.errors import ModelError
+from t2i_align.evaluate.answers import file_sha256
 from t2i_align.evaluate.metrics.compbench_words import ADJECTIVE, NOUN, OTHER, Parse, Token
 
 CLOSED = {
@@ -182,35 +183,45 @@ class SpacyParser:
         """Load nothing yet.
 
         Args:
-            model: name of an installed pipeline.
+            model: name of an installed pipeline, or a folder of one.
         """
         self.model = model
 
     @cached_property
-    def pipeline(self) -> Callable[[str], Any]:
-        """The pipeline.
+    def pipeline(self) -> Any:
+        """The pipeline, which must tag, and parse for noun phrases.
 
         Raises:
-            ModelError: spaCy or the model is not installed.
+            ModelError: spaCy or the model is not installed, or does less.
         """
         import importlib
 
         try:
-            return importlib.import_module("spacy").load(self.model)
+            found = importlib.import_module("spacy").load(self.model)
         except (ImportError, OSError) as error:
             raise ModelError(
                 f"parser 'spacy' needs spaCy and its model {self.model}: {error}",
                 f"pip install spacy, python -m spacy download {self.model}; or set parser=pattern",
             ) from error
+        if "parser" not in found.pipe_names:
+            raise ModelError(
+                f"the spaCy pipeline {self.model} finds no noun phrases: it has no parser, only "
+                f"{', '.join(found.pipe_names) or 'a tokenizer'}",
+                "python -m spacy download en_core_web_sm; or set parser=pattern",
+            )
+        return found
 
     def identity(self) -> Mapping[str, Any]:
-        """Name, versions, and a hash of both."""
+        """Name and versions; the hash is of every file of the pipeline, with spaCy's version."""
         import importlib
 
-        meta: Mapping[str, Any] = vars(self.pipeline).get("_meta", {})
-        versions = f"{importlib.import_module('spacy').__version__}, {meta.get('version')}"
-        name = f"spacy {self.model} ({versions})"
-        return {"parser": name, "parser_sha256": hashlib.sha256(name.encode()).hexdigest()}
+        spacy = importlib.import_module("spacy").__version__
+        folder = Path(self.pipeline.path)
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc")
+        parts = [f"{p.relative_to(folder)}\0{file_sha256(p)}" for p in files]
+        name = f"spacy {Path(self.model).name} ({spacy}, {self.pipeline.meta.get('version')})"
+        digest = hashlib.sha256("\n".join([spacy, *parts]).encode()).hexdigest()
+        return {"parser": name, "parser_sha256": digest}
 
     def __call__(self, prompt: str) -> Parse:
         """A prompt's words and noun phrases."""

@@ -51,7 +51,9 @@ class GenEvalBenchmarkOptions(rules.GenEvalOptions, DetectorOptions):
     store_masks: bool = Field(default=False, description="keep masks in answers.jsonl; large")
     clip_model: str = Field(default="ViT-L-14", description="open_clip's name, or a folder")
     clip_pretrained: str | None = Field(
-        default="openai", description="tag of weights; a folder: null"
+        default="openai",
+        description="tag of weights, or a file (OpenAI's: clip_model ViT-L-14-quickgelu); a "
+        "folder: null",
     )
     bgcolor: str = Field(
         default="#999", description="outside an object's mask; 'original' keeps it"

@@ -5,7 +5,8 @@
 
 x is the object on a flat ground outside its mask, cut to its box (detections.crop), the shorter
 side resized to the network's size (bicubic), cut in the centre. As released: open_clip's
-``ViT-L-14`` with OpenAI's weights, autocast on CUDA; on the CPU everything is float32.
+``ViT-L-14`` with OpenAI's weights and their quick GELU, autocast on CUDA; on the CPU everything is
+float32.
 """
 
 from __future__ import annotations

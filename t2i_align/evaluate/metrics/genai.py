@@ -6,25 +6,18 @@ A prompt has several skills; seven of the 1,600 have none and are no part of "al
 script takes a prompt's number for its row, which only fits the 1,600 prompts, numbered from 0; the
 527 of the VQAScore paper are numbered from 1 and make it fail. Here prompts are found by their id.
 
-People rated six models (three ratings of 1 to 5); how far a judge's numbers follow them is told by
-Pearson's r, Kendall's tau-b and the accuracy of pairs with calibrated ties (evaluate/human.py), of
-all prompts and of those of each skill.
+People rated six models (three ratings of 1 to 5). How far a judge's numbers follow them, of all
+prompts and of those of each skill, is told by ``t2i-align judges bench genai_bench``
+(evaluate/human.py): Pearson's r, Kendall's tau-b, accuracy of pairs with calibrated ties.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from t2i_align.errors import DataError
-from t2i_align.evaluate.human import measure, rating_agreement
-from t2i_align.evaluate.human_layouts import layout_of, mean_grade
-from t2i_align.judges.base import Judge
+from t2i_align.evaluate.human_layouts import mean_grade
 
 BASIC = ("attribute", "scene", "spatial relation", "action relation", "part relation", "basic")
 ADVANCED = ("counting", "comparison", "differentiation", "negation", "universal", "advanced")
@@ -83,50 +76,3 @@ def human_means(table: Mapping[str, Any], skills: Skills) -> dict[str, dict[str,
         for model, grades in row["models"].items():
             rated.setdefault(model, {})[int(name)] = mean_grade(grades, f"{name}, {model}")
     return {model: skill_means(values, skills) for model, values in rated.items()}
-
-
-def agreement_by_skill(
-    values: NDArray[np.floating],
-    ratings: NDArray[np.floating],
-    numbers: Sequence[int],
-    skills: Skills,
-) -> dict[str, dict[str, float | None]]:
-    """:func:`~t2i_align.evaluate.human.rating_agreement` of each skill's pictures, and of all.
-
-    Args:
-        values: ``(n,)`` of the judge, NaN where it failed.
-        ratings: ``(n,)`` mean ratings.
-        numbers: ``(n,)`` of each picture's prompt.
-        skills: see :func:`read_skills`.
-    """
-    of = np.asarray(numbers)
-    parts = {skill: np.isin(of, list(chosen)) for skill, chosen in skills.items()}
-    parts["all"] = np.isin(of, [n for chosen in skills.values() for n in chosen])
-    known = ~np.isnan(values)
-    return {
-        skill: rating_agreement(values[part], ratings[part])
-        for skill, part in parts.items()
-        if (part & known).sum() > 1
-    }
-
-
-def human_agreement(judge: Judge, data: Path) -> dict[str, dict[str, float | None]]:
-    """How far a judge follows people, skill by skill, on the released pictures.
-
-    Args:
-        judge: of images.
-        data: folder with ``genai_image.json``, ``genai_skills.json`` and ``<model>/<id>.jpeg``.
-
-    Raises:
-        DataError: something of that is missing, or the skills name other prompts.
-    """
-    groups = [g for g in layout_of("genai_bench").read(data, "test") if g.pairs]
-    file = data / "genai_skills.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the skills from {file}: {error}") from error
-    skills = read_skills(table, [g.name for g in groups], str(file))
-    measured = measure(groups, judge)
-    numbers = [int(g.name) for g in groups for _ in g.media]
-    return agreement_by_skill(measured.values, measured.ratings, numbers, skills)

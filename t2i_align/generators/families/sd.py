@@ -80,7 +80,7 @@ LAYOUTS = {
         process="rectified",
         sample_arg="hidden_states",
         prediction="velocity",
-        attention=[f"attn.{name}" for name in DIT_ATTENTION],
+        attention=DIT_ATTENTION,  # attn2 of SD3.5 medium's dual blocks, too
         cond_shapes=sd3_shapes,
         citation=SD3_CITATION,
     ),
