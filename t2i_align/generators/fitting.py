@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ def checked_size(
         ModelError: what cannot be encoded, or cut into tokens, is refused.
     """
     step = factor[0] * layout.patch(config)
+    if layout.denoiser == "unet":  # stock pipelines of UNets ask for it, whatever their VAE
+        step = math.lcm(step, 8)
     nearest = lambda side: max(side // step, 1) * step  # noqa: E731
     height, width = options.sample_size or (options.resolution, options.resolution)
     if options.sample_size and (height % step or width % step or min(height, width) < step):

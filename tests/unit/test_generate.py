@@ -203,3 +203,10 @@ def test_sizes_that_do_not_fit_are_told_by_their_option(
     out = ["--prompt", "a", "--out", str(tmp_path / "o")]
     assert said in said_by("generate", "--model", str(folder), *out, *given, fails=True)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_unet_with_a_vae_of_factor_four_keeps_the_pipelines_rule(tmp_path: Path) -> None:
+    """60 is a multiple of 4, but the stock SDXL pipeline takes multiples of 8 only."""
+    call = ["--prompt", "a", "--out", str(tmp_path / "o"), "--size", "60x100"]
+    said = said_by("generate", "--model", "bundled/scenes_sdxl", *call, fails=True)
+    assert "--size: 60 x 100 are not positive multiples of 8" in said
