@@ -15,7 +15,11 @@ Table = dict[str, str]
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """``did you mean 'x'?`` or an empty string."""
+    """``did you mean 'x'?`` or an empty string; two letters in each other's place come first."""
+    pairs = range(len(name) - 1)
+    swapped = {f"{name[:i]}{name[i + 1]}{name[i]}{name[i + 2 :]}" for i in pairs} & set(allowed)
+    if swapped:
+        return f"did you mean '{min(swapped)}'?"
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
 

@@ -41,12 +41,12 @@ def test_three_typos_are_reported_together_with_lines(tmp_path: Path) -> None:
     path = write_recipe(
         tmp_path,
         ("learning_rate", "learning_rat"),
-        ("type: dpo", "type: dpi"),
+        ("type: dpo", "type: dop"),
         ("r: 8", "r: eight"),
     )
     assert problems(path) == [
         f"{path}:7: model.lora.r: got the text 'eight'; allowed: a whole number >= 1",
-        f"{path}:9: objective.type: got the text 'dpi'; known objectives: {OBJECTIVE_NAMES}\n"
+        f"{path}:9: objective.type: got the text 'dop'; known objectives: {OBJECTIVE_NAMES}\n"
         "    did you mean 'dpo'?",
         f"{path}:15: train.learning_rat: unknown key; allowed: {TRAIN_KEYS}\n"
         "    did you mean 'learning_rate'?",
