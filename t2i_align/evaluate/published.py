@@ -114,6 +114,8 @@ def beside(summary: Mapping[str, Any], root: Path | None = None) -> list[dict[st
     found = []
     for table in published(protocol["benchmark"], root):
         differ, unstated = agreement(table, protocol)
+        if other := protocol.get("replayed_with"):
+            differ.append(f"judged again with other options here: {_short(other)}")
         if summary.get("partial"):
             differ.append("pictures are missing here")
         rows = [] if differ else [_ours(summary), *(_theirs(row) for row in table.rows)]

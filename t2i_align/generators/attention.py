@@ -121,6 +121,21 @@ def dispatches(net: nn.Module) -> bool:
     return any(hasattr(p, "_attention_backend") for p in processors)
 
 
+def mixes(net: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether queries and keys have another precision than values.
+
+    Norms of queries and keys answer in the precision of their weights or in float32, under autocast
+    too; torch's own attention is cast by autocast, other kernels are not.
+
+    Args:
+        net: a diffusers model.
+        dtype: what its linear layers answer in.
+    """
+    normed = any(getattr(m, "norm_q", None) is not None for m in net.modules())
+    own = next((p.dtype for p in net.parameters() if p.is_floating_point()), dtype)
+    return normed and own != dtype
+
+
 def set_attention(
     net: nn.Module,
     choice: Choice,
@@ -154,6 +169,14 @@ def set_attention(
         )
     if choice == "sdpa" or device.type == "meta":
         return "sdpa"
+    if mixes(net, dtype):
+        if choice == "auto":
+            return "sdpa"
+        raise ModelError(
+            f"model.attention: {choice} takes one precision, and this network's norms leave "
+            "queries and keys in that of the weights under autocast",
+            "set model.dtype to the precision of train.mixed_precision, or attention: sdpa",
+        )
     kernel = choose(choice, device.type, dtype)
     if kernel == "flash" and (masked or not dispatches(net)):  # auto only
         kernel = "sdpa" if unusable("xformers", device.type, dtype) else "xformers"

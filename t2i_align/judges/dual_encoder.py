@@ -185,7 +185,8 @@ def trained_with_quick_gelu(name: str, tag: str | None) -> bool:
     """
     from open_clip import get_pretrained_cfg
 
-    known = {} if tag is None else get_pretrained_cfg(name, tag)
+    # the loader takes ViT-B/32 for ViT-B-32, the table of weights does not
+    known = {} if tag is None else get_pretrained_cfg(name.replace("/", "-"), tag)
     if not known:
         return False
     quick = bool(known.get("quick_gelu"))

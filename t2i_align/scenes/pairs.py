@@ -243,9 +243,11 @@ def build_pairs(
             kept += rows
             bar.advance(len(part))
     if not kept:
+        own = settings.winners == "samples"
+        why = "all of a prompt are alike" if own else "none is wrong and can be put right"
         raise DataError(
-            f"no pair in {len(items) * settings.samples} pictures: all of a prompt are alike",
-            "draw more with --num, or use a model that draws something",
+            f"no pair in {len(items) * settings.samples} pictures: {why}",
+            "draw for more prompts, or take winners of another kind",
         )
     parts.finish(kept)
     right = np.mean([r[k] for r in kept for k in ("correct_0", "correct_1")])

@@ -103,6 +103,8 @@ class Zero:
             config=self.config,
             dist_init_required=False,
         )
+        if hasattr(self.engine.optimizer, "check_grad_overflow"):
+            self.engine.optimizer.check_grad_overflow = True  # else not looked at in bfloat16
         views.wrapped = self.engine
 
     def micro(self, *, last: bool) -> None:
@@ -123,6 +125,8 @@ class Zero:
             The gradient norm before; where it is no number, no weight was touched.
         """
         self.engine.step()
+        if not self.engine.was_step_applied():  # the norm may be that of the step before
+            return math.inf
         norm = self.engine.get_global_grad_norm()
         return math.inf if norm is None else float(norm)
 

@@ -7,12 +7,17 @@ Needs the extra ``deepspeed``; a user's run on a CPU is refused, these go round 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from t2i_align.generators.views import Views
+from t2i_align.train.options import TrainOptions
+from t2i_align.train.zero import Zero
 from tests import ranks, runs
 
 pytestmark = pytest.mark.gpu
@@ -128,3 +133,36 @@ def test_half_precision_is_autocast_as_without(folder: Path, stage: int) -> None
     assert runs.losses(folder / f"bf16-zero{stage}") == pytest.approx(plain, abs=2e-3)
     kept = runs.weights(folder / f"bf16-zero{stage}", 5)
     assert {x.dtype for x in kept.values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One process as a group, once: DeepSpeed keeps the group it has seen first."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    where = f"file://{tmp_path_factory.mktemp('group') / 'm'}"
+    backend = "nccl" if found == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=where, rank=0, world_size=1)
+    yield found
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_no_number_touches_no_weight(
+    stage: int, dtype: torch.dtype, device: str
+) -> None:
+    """Told as a norm that is no number, and the step after it is a step."""
+    network = torch.nn.Linear(4, 4).to(device, dtype)
+    options = TrainOptions.model_validate(zero(stage) | {"gradient_accumulation_steps": 1})
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    engine = Zero(options, Views(network, None), optimizer)
+    norms, weights = [], []
+    for factor in (1.0, float("nan"), 1.0):
+        engine.micro(last=True)
+        x = torch.ones(2, 4, device=device, dtype=dtype)
+        engine.backward(factor * engine.engine(x).sum())
+        norms.append(engine.step())
+        weights.append(engine.gather()["weights"]["weight"].clone())
+    assert [math.isfinite(norm) for norm in norms] == [True, False, True]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert weights[2].isfinite().all()

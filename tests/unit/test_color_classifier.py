@@ -111,7 +111,9 @@ def test_a_tags_weights_get_the_activation_they_were_trained_with(tag: str, quic
     right, wrong = (named(image, found, q) for q in (quick, not quick))
     assert classifier.colors(image, found) == right
     assert right != wrong and len(set(right)) > 1
-    assert classifier.identity()["color_classifier"] == f"open_clip {NAME} {tag}"
+    identity = classifier.identity()
+    assert identity["color_classifier"] == f"open_clip {NAME} {tag}"
+    assert identity["color_activation"] == ("quick_gelu" if quick else "gelu")
     double = ColorClassifier(f"{NAME}-quickgelu", "openai", ("#999", True))
     assert (double.colors(image, found) == right) == quick
 

@@ -57,6 +57,27 @@ def test_other_settings_are_refused_unless_named(tmp_path: Path) -> None:
     assert "did you mean 'guidance_scale'?" in str(caught.value)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_rules_that_only_a_replay_has_are_refused_in_either_order(
+    tmp_path: Path, turned: bool
+) -> None:
+    """A stricter threshold is no better model; an unchanged replay is the run itself."""
+    a = evaluation(tmp_path / "a", [1, 0, 1, 0])
+    b = evaluation(tmp_path / "b", [1, 0, 1, 0])
+    file = b / "protocol.json"
+    facts = json.loads(file.read_text())
+    sides = (b, a) if turned else (a, b)
+    for options, refused in (({}, False), ({"counting_threshold": 0.95}, True)):
+        facts["protocol"]["replayed_with"] = options
+        file.write_text(json.dumps(facts))
+        if refused:
+            with pytest.raises(DataError, match="replayed_with"):
+                compare(*sides)
+            assert compare(*sides, ["replayed_with"])["overall"]["win"] == 0
+        else:
+            assert compare(*sides)["despite"] == []
+
+
 def test_other_prompts_are_refused(tmp_path: Path) -> None:
     a = evaluation(tmp_path / "a", [1, 0, 1, 0])
     with pytest.raises(DataError, match="hold different prompts"):

@@ -117,6 +117,10 @@ def test_rows_stand_beside_ours_only_where_the_protocols_agree() -> None:
         assert other["differ"][0].startswith(f"{field}: ") and "here" in other["differ"][0]
     (partial_,) = beside(ours(same) | {"partial": True})
     assert partial_["rows"] == [] and partial_["differ"] == ["pictures are missing here"]
+    (again,) = beside(ours(same | {"replayed_with": {"threshold": 0.5}}))
+    assert again["rows"] == [] and "judged again with other options" in again["differ"][0]
+    (equal,) = beside(ours(same | {"replayed_with": {}}))
+    assert equal["rows"] and equal["differ"] == []
     unknown = {k: v for k, v in same.items() if k != "prompts_sha256"}
     differ, unstated = agreement(table, unknown)
     assert differ == ["prompts_sha256: 5c48e0813e81... there, unknown here"]

@@ -81,7 +81,9 @@ def test_compare_counts_pairs(folders: tuple[Path, Path]) -> None:
     assert rows[-1]["task"] == "overall" and rows[-1]["win/tie/lose"] == "35/36/1"
     assert overall["mcnemar_p"] == 37 * 2 / 2**36
     told = CliRunner().invoke(build_app(), ["compare", *map(str, folders)]).stdout
-    assert told.splitlines()[-1] == "McNemar's exact test over all pictures: p = 1.1e-09"
+    assert told.splitlines()[-1] == (
+        "McNemar's exact test, which takes pictures as independent: p = 1.1e-09"
+    )
     same = compare(folders[0], folders[0])["overall"]
     assert same["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 

@@ -170,7 +170,7 @@ def test_flash_is_not_given_a_mask(
     """Its backend raises at the first masked call, so such a family gets another kernel before."""
     monkeypatch.setattr(attention, "unusable", lambda *_: None)
     used: list[str] = []
-    net = generator(build(tmp_path / "flux")).module
+    net = generator(build(tmp_path / "flux")).module.to(HALF)
     monkeypatch.setattr(type(net), "set_attention_backend", lambda self, name: used.append(name))
     assert set_attention(net, "auto", CPU, HALF, masked=masked) == used[0]
     assert used == (["xformers"] if masked else ["flash"])
@@ -217,6 +217,33 @@ def test_the_probes_precision_is_the_runs(tmp_path: Path, monkeypatch: pytest.Mo
     for extra in (["train.mixed_precision=bf16"], ["model.dtype=float16"], []):
         load_recipe(path, ["model.attention=xformers", *extra], cuda=False)
     assert asked == [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize(("own", "mixed"), [(FLOAT, True), (HALF, False)])
+def test_kernels_outside_autocast_are_not_given_two_precisions(
+    own: torch.dtype, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms of queries and keys answer in float32 beside values in half precision."""
+    from diffusers.models.attention_processor import Attention
+
+    net = Attention(query_dim=8, heads=2, dim_head=4, qk_norm="rms_norm").to(own)
+    x = torch.randn(1, 3, 8, dtype=own)
+    with torch.autocast("cpu", HALF):
+        key = net.norm_k(net.to_k(x).unflatten(-1, (2, 4)))  # type: ignore[operator,misc]
+        assert (key.dtype != net.to_v(x).dtype) == mixed  # type: ignore[operator,union-attr]
+    assert attention.mixes(net, HALF) == mixed
+    plain = Attention(query_dim=8, heads=2, dim_head=4)
+    assert not attention.mixes(plain, HALF)
+    monkeypatch.setattr(attention, "unusable", lambda *_: None)
+    used: list[str] = []
+    monkeypatch.setattr(attention, "dispatches", lambda _: True)
+    monkeypatch.setattr(net, "set_attention_backend", used.append, raising=False)
+    if mixed:
+        assert set_attention(net, "auto", CPU, HALF) == "sdpa" and used == []
+        with pytest.raises(ModelError, match="flash takes one precision"):
+            set_attention(net, "flash", CPU, HALF)
+    else:
+        assert set_attention(net, "auto", CPU, HALF) == "flash" and used == ["flash"]
 
 
 def test_what_validation_probes_is_what_loading_probes(

@@ -99,11 +99,16 @@ class ColorClassifier:
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """Name, weights and ground."""
+        """Name, weights, activation and ground; of a file its name, not where it lies."""
         options = self.network.options
-        name = Path(options.path).name if options.path else f"{options.model} {options.pretrained}"
+        weights = options.pretrained
+        if weights is not None and Path(weights).is_file():
+            weights = Path(weights).name
+        name = Path(options.path).name if options.path else f"{options.model} {weights}"
+        layers = {type(layer).__name__ for layer in self.network.model.modules()}
         return {
             "color_classifier": f"open_clip {name}",
+            "color_activation": "quick_gelu" if "QuickGELU" in layers else "gelu",
             "color_classifier_sha256": self.sha256,
             "bgcolor": self.bgcolor,
             "crop": self.crop_to_box,
