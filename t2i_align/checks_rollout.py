@@ -72,7 +72,7 @@ def _of_trajectories(recipe: Recipe, name: str) -> Found:
             f"{options.num_inference_steps}: no step would be trained",
             fix="lower it",
         )
-    for key in sorted(recipe.draw.model_fields_set):
+    for key in sorted(recipe.draw.said()):
         yield Problem(
             f"draw.{key}",
             f"is not used by {name}, whose noise levels are the sampler's",
@@ -120,5 +120,5 @@ def _of_a_replay(recipe: Recipe, name: str) -> Found:
 
 def _unused(keys: set[str] | frozenset[str], options: Any, name: str) -> Found:
     """Keys the recipe gives that would do nothing."""
-    for key in sorted(keys & options.model_fields_set):
+    for key in sorted(keys & options.said()):
         yield Problem(f"rollout.{key}", f"is not used by {name}", fix="remove it")

@@ -229,6 +229,25 @@ def load_recipe(
     return Recipe(**valid)
 
 
+def noted_recipe(values: dict[str, Any], name: str) -> Recipe:
+    """A recipe as :meth:`Recipe.to_dict` wrote it, by this version or one before it.
+
+    Options that came since have their defaults, which stand for what was done before. Nothing of
+    what lies around the recipe is looked at.
+
+    Args:
+        values: by section.
+        name: where they are from, for messages.
+
+    Raises:
+        RecipeError: it holds what this version does not know.
+    """
+    valid, problems = _validate_all(Document(name, values))
+    if problems:
+        raise RecipeError(problems, name)
+    return Recipe(**valid)
+
+
 def _line(problem: Problem) -> float:
     """Sort key: the line in the file, with the command line last."""
     line = problem.where.rpartition(":")[2]

@@ -3,162 +3,104 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from t2i_align.cli import options
 
 if TYPE_CHECKING:
     from t2i_align.evaluate.run import Request
 
 
 def evaluate(
-    benchmark: Annotated[
-        str,
-        typer.Argument(
-            help="Which benchmark (`ls benchmarks`); 'suite NAME' runs several, 'fetch NAME' "
-            "brings a benchmark's prompts."
-        ),
-    ],
-    name: Annotated[
-        str | None, typer.Argument(help="After 'suite' or 'fetch': which one.", show_default=False)
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of the pipeline.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for pictures, answers, verdicts and summary.")
-    ] = None,
-    lora: Annotated[str | None, typer.Option(help="Adapter to load on top.")] = None,
-    denoiser: Annotated[
-        str | None, typer.Option(help="unet/ or transformer/ folder of a full fine-tuning run.")
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="Pictures made elsewhere, <id>/samples/0000.png, <id>.png, or as the benchmark's "
-            "users name them; instead of --model."
-        ),
-    ] = None,
-    detections: Annotated[
-        Path | None, typer.Option(help="Stored answers.jsonl to judge again; instead of --model.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="An option of the benchmark, key=value; repeatable."),
-    ] = None,
-    per_task: Annotated[
-        int | None, typer.Option(min=2, help="scenes: pictures of each of the six tasks.")
-    ] = None,
-    prompt_seed: Annotated[
-        int | None, typer.Option(min=0, help="scenes: which held-out prompts.")
-    ] = None,
-    training_prompts: Annotated[
-        bool, typer.Option(help="scenes: training prompts instead of held-out ones.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampler steps; left out: the benchmark's.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(min=1, help="1 turns guidance off; left out: the benchmark's."),
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=16, help="Side in pixels; left out: the benchmark's.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    precision: Annotated[
-        Literal["autocast_bf16", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of the model; autocast_bf16: float32 weights, bfloat16 arithmetic."),
-    ] = "autocast_bf16",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pictures at once; a batch is never split over processes."),
-    ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Text tokens of T5; left out: the pipeline's default.")
-    ] = None,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Processes that share out batches (and GPUs).")
-    ] = 1,
-    num_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each process.")
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Score though pictures are missing; marked.")
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write an HTML file: right and wrong verdicts.")
-    ] = None,
-    beside: Annotated[
-        Path | None,
-        typer.Option(
-            help="Evaluation folder of the base model: diversity, drift and held-out judges "
-            "beside the score."
-        ),
-    ] = None,
-    embedding: Annotated[
-        str, typer.Option(help="With --beside: judge whose picture embedding measures diversity.")
-    ] = "clip_i",
-    despite: Annotated[
-        list[str] | None,
-        typer.Option(help="With --beside: a setting in which the base differs on purpose."),
-    ] = None,
-    ray_workers: Annotated[
-        int | None, typer.Option(min=1, help="Draw on a Ray cluster with this many actors.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Of a running cluster; left out: a local one is started.")
-    ] = None,
+    benchmark: options.Benchmark,
+    name: options.Name = None,
+    model: options.Model = None,
+    out: options.Out = None,
+    lora: options.Lora = None,
+    denoiser: options.Denoiser = None,
+    images: options.Images = None,
+    detections: options.Detections = None,
+    settings: options.Settings = None,
+    per_task: options.PerTask = None,
+    prompt_seed: options.PromptSeed = None,
+    training_prompts: options.TrainingPrompts = False,
+    seed: options.Seed = 0,
+    num_inference_steps: options.NumInferenceSteps = None,
+    guidance_scale: options.GuidanceScale = None,
+    resolution: options.Resolution = None,
+    negative_prompt: options.NegativePrompt = None,
+    precision: options.Precision = "autocast_bf16",
+    batch_size: options.BatchSize = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    num_processes: options.NumProcesses = 1,
+    num_threads: options.NumThreads = None,
+    allow_partial: options.AllowPartial = False,
+    report: options.Report = None,
+    beside: options.Beside = None,
+    embedding: options.Embedding = "clip_i",
+    despite: options.Despite = None,
+    ray_workers: options.RayWorkers = None,
+    ray_address: options.RayAddress = None,
 ) -> None:
     """Evaluate: pictures, raw answers, verdicts, a summary with intervals; may be continued."""
-    from t2i_align.evaluate.sampling import Model, Precision, defaults
-
     if benchmark == "fetch":
-        _fetch(name)
-        return
-    if ray_workers is not None and model is None:
-        raise typer.BadParameter("--ray-workers draws pictures, so it needs --model")
-    if ray_address is not None and ray_workers is None:
-        raise typer.BadParameter("--ray-address needs --ray-workers, the number of actors")
-    if out is None:
-        raise typer.BadParameter("give --out, the folder of the evaluation")
+        return _fetch(name)
+    _consistent(model, out, ray_workers, ray_address)
+    from t2i_align.evaluate.sampling import Model
+
+    assert out is not None
     drawn_by = None if model is None else Model(model, lora, denoiser, max_sequence_length)
-    told: Precision = precision
     sampling: dict[str, Any] = {
         "seed": seed,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "resolution": resolution,
         "negative_prompt": negative_prompt,
-        "precision": told,
+        "precision": precision,
         "batch_size": batch_size,
     }
+    how = (num_processes, num_threads)
     if benchmark == "suite":
         alone = {"--set": settings, "--detections": detections, "--report": report}
         _alone(alone | {"--beside": beside, "--ray-workers": ray_workers})
-        how = (num_processes, num_threads)
-        _suite(name, drawn_by, images, out, sampling, how, allow_partial)
-        return
+        return _suite(name, drawn_by, images, out, sampling, how, allow_partial)
     if name is not None:
         raise typer.BadParameter(f"'{name}' follows neither 'suite' nor 'fetch'")
-    options = _options(settings or [])
-    for key, value in (("per_task", per_task), ("prompt_seed", prompt_seed)):
-        options |= {} if value is None else {key: value}
-    options |= {"held_out": False} if training_prompts else {}
     from t2i_align.evaluate.run import Request
+    from t2i_align.evaluate.sampling import defaults
 
-    request = Request(
-        benchmark,
-        out,
-        options,
-        drawn_by,
-        images,
-        detections,
-        defaults(benchmark).with_given(sampling),
-        (num_processes, num_threads),
-    )
+    chosen = _chosen(settings, per_task, prompt_seed, training_prompts)
+    drawn = defaults(benchmark).with_given(sampling)
+    request = Request(benchmark, out, chosen, drawn_by, images, detections, drawn, how)
     ray = None if ray_workers is None else (ray_address, ray_workers)
     base = None if beside is None else (beside, embedding, despite or [])
-    _run(request, allow_partial, report, base, ray)
+    return _run(request, allow_partial, report, base, ray)
+
+
+def _consistent(
+    model: str | None, out: Path | None, ray_workers: int | None, ray_address: str | None
+) -> None:
+    """Refuse flags that do not go together."""
+    if ray_workers is not None and model is None:
+        raise typer.BadParameter("--ray-workers draws pictures, so it needs --model")
+    if ray_address is not None and ray_workers is None:
+        raise typer.BadParameter("--ray-address needs --ray-workers, the number of actors")
+    if out is None:
+        raise typer.BadParameter("give --out, the folder of the evaluation")
+
+
+def _chosen(
+    settings: list[str] | None, per_task: int | None, prompt_seed: int | None, training: bool
+) -> dict[str, Any]:
+    """The benchmark's options, those of ``scenes`` by flags of their own."""
+    from t2i_align.evaluate.settings import read_settings
+
+    found = read_settings(settings or [])
+    for key, value in (("per_task", per_task), ("prompt_seed", prompt_seed)):
+        found |= {} if value is None else {key: value}
+    return found | ({"held_out": False} if training else {})
 
 
 def _alone(given: dict[str, Any]) -> None:
@@ -215,8 +157,8 @@ def _beside(out: Path, base: Path, embedding: str, despite: list[str], device: s
     from t2i_align.evaluate.beside import beside as measured
     from t2i_align.evaluate.run_report import besides
 
-    options = BesideOptions.model_validate({"embedding": embedding})
-    write_beside(measured(out, base, options, device, despite), out)
+    chosen = BesideOptions.model_validate({"embedding": embedding})
+    write_beside(measured(out, base, chosen, device, despite), out)
     for section in besides(out):
         rows = [dict(zip(section.columns, cells, strict=True)) for cells in section.cells]
         if rows:
@@ -252,9 +194,3 @@ def _fetch(name: str | None) -> None:
         raise typer.BadParameter("fetch needs the name of a benchmark")
     for found in fetch(name):
         typer.echo(f"{found.path} (sha256 {found.sha256})")
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    from t2i_align.evaluate.settings import read_settings
-
-    return read_settings(given)

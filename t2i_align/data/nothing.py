@@ -21,7 +21,7 @@ class NothingOptions(RecordOptions):
 
     @model_validator(mode="after")
     def _says_nothing_else(self) -> NothingOptions:
-        more = sorted(self.model_fields_set - {"type"})
+        more = sorted(self.said() - {"type"})
         if more:
             raise ValueError(f"type none has no records, so {', '.join(more)} would do nothing")
         return self

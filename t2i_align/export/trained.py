@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from t2i_align.errors import ModelError
 from t2i_align.generators.adapters import AdaptOptions
-from t2i_align.recipe import Recipe, load_recipe
+from t2i_align.recipe import Recipe, noted_recipe
 from t2i_align.train.checkpoint import Checkpoints, verify
 from t2i_align.train.output import RUN_FILE, recipe_in
 
@@ -94,7 +92,7 @@ def open_run(
             f"no run of t2i-align in '{name}' (no {RUN_FILE} there)",
             "give the output_dir of t2i-align train, or an adapter file with --model",
         )
-    recipe = read_recipe(folder / RUN_FILE)
+    recipe = noted_recipe(recipe_in(folder / RUN_FILE), str(folder / RUN_FILE))
     if model is not None:
         options = recipe.model.model_copy(update={"name_or_path": model})
         recipe = recipe.model_copy(update={"model": options})
@@ -116,14 +114,6 @@ def last_round(folder: Path) -> Path:
         return folder
     rounds = [p for p in folder.iterdir() if ROUND.fullmatch(p.name) and (p / RUN_FILE).is_file()]
     return max(rounds, key=lambda p: p.name, default=folder)
-
-
-def read_recipe(file: Path) -> Recipe:
-    """The recipe in a ``run.json``, without checks of what lies around it now."""
-    with tempfile.TemporaryDirectory() as where:
-        path = Path(where) / "recipe.json"
-        path.write_text(json.dumps(recipe_in(file)))
-        return load_recipe(path, run_checks=False)
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

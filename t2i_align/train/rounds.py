@@ -43,7 +43,7 @@ from t2i_align.process.seeds import derive
 from t2i_align.recipe import Recipe
 from t2i_align.registry import resolve
 from t2i_align.train.log import write_json
-from t2i_align.train.output import difference, recipe_in, started
+from t2i_align.train.output import completed, difference, recipe_in, started
 from t2i_align.train.rounds_options import RoundsOptions, SamplesOptions, changed
 from t2i_align.train.start import start_from
 
@@ -120,9 +120,10 @@ def claim(folder: Path, recipe: Recipe) -> None:
         OutputError: it holds rounds of another recipe, rounds that are not to be continued, or
             something else.
     """
-    marker, facts = folder / ROUNDS_FILE, _identity(recipe)
+    marker, facts = folder / ROUNDS_FILE, _identity(recipe.to_dict())
     if marker.is_file():
-        before = recipe_in(marker)
+        noted = recipe_in(marker) | {"output_dir": recipe.output_dir}
+        before = _identity(completed(noted, marker))
         if before != facts:
             odd = [difference(k, before.get(k), v) for k, v in facts.items() if before.get(k) != v]
             raise OutputError(
@@ -144,11 +145,11 @@ def claim(folder: Path, recipe: Recipe) -> None:
     write_json(marker, {"format": 1, "t2i_align": t2i_align.__version__, "recipe": facts})
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
+def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """All that makes the rounds what they are."""
-    facts = recipe.to_dict()
-    del facts["output_dir"], facts["cache"], facts["train"]["resume_from_checkpoint"]
-    return facts
+    train = {k: v for k, v in recipe.get("train", {}).items() if k != "resume_from_checkpoint"}
+    kept = {k: v for k, v in recipe.items() if k not in ("output_dir", "cache")}
+    return kept | {"train": train}
 
 
 def round_recipe(recipe: Recipe, number: int, data: RecordOptions, start: str | None) -> Recipe:

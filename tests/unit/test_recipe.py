@@ -11,7 +11,7 @@ from recipe_files import write_recipe
 from t2i_align.errors import RecipeError, UserError
 from t2i_align.generators import GENERATORS
 from t2i_align.objectives import OBJECTIVES
-from t2i_align.recipe import Recipe, copy_recipe, find_recipe, load_recipe, shipped
+from t2i_align.recipe import Recipe, copy_recipe, find_recipe, load_recipe, noted_recipe, shipped
 
 
 def problems(path: Path | str, *overrides: str) -> list[str]:
@@ -149,6 +149,21 @@ def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
     loaded = load_recipe(again)
     assert loaded == recipe
     assert loaded.fingerprint() == recipe.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in shipped() if n.startswith("scenes_") and "base" not in n]
+)
+def test_a_shipped_recipe_is_accepted_as_it_is_written_out(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, run_checks=False)
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(recipe.to_dict()))
+    assert load_recipe(again, run_checks=False) == recipe
+    try:
+        load_recipe(again)
+    except RecipeError as error:  # captions of one's own are made first
+        assert [p.key for p in error.problems] == ["data.path"]
+    assert noted_recipe(recipe.to_dict(), "run.json") == recipe
 
 
 def test_the_fingerprint_is_of_the_meaning_not_the_text(tmp_path: Path) -> None:

@@ -139,6 +139,26 @@ def test_output_folder_of_another_run_is_refused(model: Path, tmp_path: Path) ->
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
 
 
+def test_a_run_begun_before_an_option_came_goes_on(model: Path, tmp_path: Path) -> None:
+    recipe = sections(model, tmp_path)
+    runs.train(tmp_path, "run", recipe, "train.max_train_steps=2")
+    marker = tmp_path / "run" / "run.json"
+    noted = json.loads(marker.read_text())
+    before = noted["recipe"]
+    del before["model"]["lora"], before["draw"]["num_draws"], before["train"]["mixed_precision"]
+    del before["train"]["distributed"]
+    marker.write_text(json.dumps(noted))
+    later = ["train.resume_from_checkpoint=latest", "objective.beta=7"]
+    with pytest.raises(OutputError, match=r"another recipe: objective\.beta: 5\.0 -> 7\.0\n") as e:
+        runs.train(tmp_path, "run", recipe, *later)
+    assert "None ->" not in str(e.value)
+    assert runs.train(tmp_path, "run", recipe, later[0])["steps"] == 4
+    before["model"]["gone_since"] = 1  # of a version this one cannot read: told as it stands
+    marker.write_text(json.dumps(noted))
+    with pytest.raises(OutputError, match=r"model\.gone_since: 1 -> None"):
+        runs.train(tmp_path, "run", recipe, later[0])
+
+
 def test_two_processes_do_not_train_into_one_folder(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
