@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.contract import View
-from t2i_align.errors import ModelError
+from t2i_align.errors import ModelError, TrainingError
 from t2i_align.generators.adapters import AdaptOptions, LoraOptions
 from t2i_align.generators.lora_targets import check_patterns, linear_names, target_names
 from t2i_align.generators.trunk import Trunk
@@ -53,6 +53,7 @@ class Views:
         self.followed: dict[str, Tensor] = {}  # the reference's own values of what is trained
         self.trunk: Trunk | None = None  # what the views have in common, where it is shared
         self.borrowed = False  # the network stands for the copy that the reference will be
+        self.left_out = False  # all that the reference would be asked is known
 
     def settle_reference(self, *, needed: bool) -> None:
         """End borrowing, before anything is trained: a frozen copy, or no reference."""
@@ -60,6 +61,7 @@ class Views:
             self.borrowed = False
             copied = copy.deepcopy(self.module).requires_grad_(False) if needed else None
             self.reference = copied
+            self.left_out = not needed
 
     @contextmanager
     def use(self, view: View) -> Iterator[nn.Module]:
@@ -79,6 +81,12 @@ class Views:
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
+        if self.left_out:
+            raise TrainingError(
+                "the reference cache lacks an error that it had when the run began",
+                "something removes files of cache.dir; when that has ended, go on with "
+                "train.resume_from_checkpoint=latest",
+            )
         if self.reference is None:
             raise ValueError(
                 "no reference was set up; the objective must declare the view 'reference'"

@@ -87,7 +87,9 @@ class Engine:
         elif self.sharded:
             views.wrapped, self.optimizer = views.module, accelerator.prepare_optimizer(optimizer)
         else:
-            views.wrapped, self.optimizer = accelerator.prepare(views.module, optimizer)
+            with warnings.catch_warnings():  # of how accelerate words its options for torch
+                warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+                views.wrapped, self.optimizer = accelerator.prepare(views.module, optimizer)
         self.ema = Ema(options.ema_decay, self.trained) if options.ema_decay else None
         self.views.ema = self.ema.shadow if self.ema else None
         self.step_count = 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from t2i_align.data.reference_cache import ReferenceStore
 from t2i_align.errors import RecipeError, TrainingError
 from t2i_align.generators.views import Views
 from t2i_align.recipe import load_recipe
@@ -204,6 +205,25 @@ def test_a_full_cache_leaves_the_reference_unmade(
     assert made[3:] == [True] and longer["reference_cache"] == {"read": 32, "scored": 4}
 
 
+def test_errors_that_vanish_meanwhile_are_told(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, "first", sections, ALWAYS)
+    own = ReferenceStore.get
+    asked: list[Any] = []
+
+    def get(store: ReferenceStore, keys: Any) -> Any:
+        asked.append(keys)
+        return None if len(asked) > 12 else own(store, keys)  # 8 steps, one look, then training
+
+    monkeypatch.setattr(ReferenceStore, "get", get)
+    with pytest.raises(TrainingError, match=r"lacks an error that it had.*\n.*cache\.dir; when"):
+        run(tmp_path, "second", sections, "train.checkpointing_steps=1")
+    monkeypatch.undo()
+    again, _ = run(tmp_path, "second", sections, "train.resume_from_checkpoint=latest")
+    assert again["steps"] == 8
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_run_that_goes_on_with_another_batch_size_asks_what_it_will_meet(
     size: int, sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,7 +256,7 @@ def test_nothing_can_ask_a_reference_that_was_not_made(
     assert NO_COPY in console.file.getvalue()  # type: ignore[attr-defined]
     assert found.generator.views.reference is None
     drawn = found.feed.at(0)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="no reference was set up"):
+    with pytest.raises(TrainingError, match="lacks an error that it had"):
         found.generator.score(drawn.event, "reference")
     found.feed.close()
 
