@@ -75,7 +75,7 @@ def train(
             f"--precision, --device: got '{precision}' and '{device}'",
             "give no or bf16, and cpu or cuda",
         )
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
 
     hush()
     from t2i_align.train.bench import Bench, markdown, notes
@@ -134,8 +134,8 @@ def step(
     ] = None,
 ) -> None:
     """A recipe's step: seconds and FLOPs by phase, kinds of operations, other settings beside."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_rows
+    from t2i_align.quiet import hush
     from t2i_align.train.bench_recipe import Job, tables
     from t2i_align.train.bench_recipe import bench as run
 

@@ -32,7 +32,7 @@ def build(
     import torch
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
     from t2i_align.recipe import load_recipe
     from t2i_align.train.cache_build import build as run
 
@@ -106,8 +106,8 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only list.")] = False,
 ) -> None:
     """List what no given recipe needs, and delete it with --yes."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.data import cache_folder
+    from t2i_align.quiet import hush
 
     hush()
     root = cache_folder.root_of(folder)

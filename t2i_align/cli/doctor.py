@@ -14,8 +14,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one object.")] = False,
 ) -> None:
     """Versions, devices, and each optional backend tried with a real forward and backward."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_json, print_pairs
+    from t2i_align.quiet import hush
     from t2i_align.train.doctor import examine
 
     hush()

@@ -122,10 +122,10 @@ def _run(
     import torch
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_pairs
     from t2i_align.evaluate.run import run
     from t2i_align.evaluate.run_report import build_run_report, lines
+    from t2i_align.quiet import hush
 
     hush()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,9 +177,9 @@ def _suite(
     import torch
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_rows
     from t2i_align.evaluate.suites import Setting, run_suite
+    from t2i_align.quiet import hush
 
     hush()
     device = "cuda" if torch.cuda.is_available() else "cpu"

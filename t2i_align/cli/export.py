@@ -40,9 +40,9 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest file of a merged model.")] = "5GB",
 ) -> None:
     """Write trained weights in a format other programs load, with a model card."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.export.program import Request
     from t2i_align.export.program import export as run
+    from t2i_align.quiet import hush
 
     hush()
     request = Request(

@@ -60,8 +60,8 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Generate pictures or clips; continues where an interrupted call stopped."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.generators.diffusers_options import DiffusersOptions
+    from t2i_align.quiet import hush
     from t2i_align.rollout import generate as sampling
 
     hush()

@@ -36,10 +36,10 @@ def convert(
     """Turn a published checkpoint into safetensors, with its names checked both ways."""
     from dataclasses import asdict
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_json, print_pairs
     from t2i_align.judges.convert import convert as run
     from t2i_align.judges.weights import weights_home
+    from t2i_align.quiet import hush
 
     hush()
     report = run(name, file, out or weights_home() / name, sha256)

@@ -42,12 +42,12 @@ def bench(
     import torch
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_json
     from t2i_align.evaluate.human import bench as measure
     from t2i_align.evaluate.human_layouts import layout_of
     from t2i_align.evaluate.scoring import device_of, write_jsonl
     from t2i_align.judges.base import judge_card, load
+    from t2i_align.quiet import hush
 
     hush()
     layout_of(name)

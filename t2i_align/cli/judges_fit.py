@@ -20,9 +20,9 @@ def fit(
     import torch
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.judges.fit_recipe import load_fit_recipe
     from t2i_align.judges.fit_run import fit_judge
+    from t2i_align.quiet import hush
 
     hush()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,11 +28,11 @@ def serve(
     import torch
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.evaluate.scoring import device_of
     from t2i_align.judges import serve as server
     from t2i_align.judges.base import judge_card, load
     from t2i_align.judges.endpoint import is_loopback, key_from
+    from t2i_align.quiet import hush
 
     hush()
     console = Console(stderr=True, soft_wrap=True, highlight=False)

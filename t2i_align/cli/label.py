@@ -55,8 +55,8 @@ def label(
 
     May be stopped and run again: it goes on where it was.
     """
-    from t2i_align.cli.quiet import hush
     from t2i_align.evaluate.score_source import Pictures
+    from t2i_align.quiet import hush
 
     hush()
     given = {"judges": _listed(judges), "rule": rule, "margin": margin, "ties": ties}

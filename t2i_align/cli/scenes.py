@@ -24,7 +24,7 @@ PairFiles = Annotated[
 @scenes.command()
 def vae(out: Out, seed: Seed = 0) -> None:
     """Train the autoencoder (about 16 minutes on two cores)."""
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
     from t2i_align.scenes.vae import train_vae
 
     hush()
@@ -40,7 +40,7 @@ def sdxl(
     """Train the text encoders and write an SDXL folder with a fresh UNet (2 minutes)."""
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
     from t2i_align.scenes.build import start_sdxl
 
     hush()
@@ -56,7 +56,7 @@ def sd3(
     seed: Seed = 0,
 ) -> None:
     """Write an SD3 folder with a fresh transformer around an SDXL's frozen parts."""
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
     from t2i_align.scenes.build import new_sd3
 
     hush()
@@ -104,8 +104,8 @@ def pairs(
     """Draw pictures of prompts with a model and pair them by the exact judge."""
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.generators.diffusers_options import DiffusersOptions
+    from t2i_align.quiet import hush
     from t2i_align.scenes.build import draw_pairs
     from t2i_align.scenes.pairs import PairSettings
 
@@ -144,7 +144,7 @@ def clip(out: Out, pairs: PairFiles = None, seed: Seed = 0) -> None:
     """Train the learned judge (open_clip), with pairs of a model's samples if given."""
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
     from t2i_align.scenes.clip_judge import ClipPlan, train_clip_judge
 
     hush()
@@ -163,7 +163,7 @@ def vlm(
     """Train the tiny vision-language judge (a stock transformers architecture)."""
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
+    from t2i_align.quiet import hush
     from t2i_align.scenes.vlm import train_vlm
 
     hush()

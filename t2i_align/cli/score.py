@@ -61,9 +61,9 @@ def score(
     """
     from rich.console import Console
 
-    from t2i_align.cli.quiet import hush
     from t2i_align.errors import UserError
     from t2i_align.evaluate.scoring import with_held_out
+    from t2i_align.quiet import hush
 
     hush()
     console = Console(stderr=True)

@@ -24,8 +24,8 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe; continue with train.resume_from_checkpoint=latest."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.later import importing
+    from t2i_align.quiet import hush
 
     with importing():
         import torch

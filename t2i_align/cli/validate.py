@@ -20,8 +20,8 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Plan, checks and problems.")] = False,
 ) -> None:
     """Check a recipe and print its plan: parameters, memory, cache, steps; needs no GPU."""
-    from t2i_align.cli.quiet import hush
     from t2i_align.cli.show import print_json
+    from t2i_align.quiet import hush
     from t2i_align.recipe import load_recipe
     from t2i_align.train.plan import plan
     from t2i_align.train.shapes import shape_rows, shapes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,9 @@ def drawn(
     ray = _ray()
     started = not ray.is_initialized()
     if started:
-        ray.init(address=cluster.address, log_to_driver=False)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     device = "cuda" if cluster.num_gpus else "cpu"
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         # a block a piece: Ray moves blocks, so none is split and none is joined to another

@@ -26,6 +26,7 @@ from t2i_align.evaluate.benchmarks import build
 from t2i_align.evaluate.layouts import FOLDERS, Layout, located
 from t2i_align.evaluate.pictures import noise_seeds, plan, save
 from t2i_align.evaluate.sampling import Model, Sampling, load_model, sample
+from t2i_align.quiet import hushing
 
 if TYPE_CHECKING:
     from t2i_align.generators.diffusers_family import DiffusersGenerator
@@ -157,7 +158,7 @@ def _elsewhere(
     for rank in range(num_processes):
         ranks.put(rank)
     pool = ProcessPoolExecutor(
-        min(num_processes, len(pieces)), context, _begin, (job, num_threads, ranks)
+        min(num_processes, len(pieces)), context, _begin, (job, num_threads, ranks, hushing())
     )
     try:
         futures = {pool.submit(_do, what, piece): piece for piece in pieces}
@@ -170,11 +171,15 @@ def _elsewhere(
 _WORKERS: list[Worker] = []  # one, in a spawned process
 
 
-def _begin(job: Job, num_threads: int, ranks: Any) -> None:
+def _begin(
+    job: Job, num_threads: int, ranks: Any, quieten: Callable[[], None] | None = None
+) -> None:
     """Start a spawned process; Ctrl-C is left to the one that spawned it."""
     from dataclasses import replace
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if quieten is not None:
+        quieten()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _set_threads(num_threads)
     rank = ranks.get()

@@ -24,6 +24,7 @@ from t2i_align.data.reference_cache import values_of
 from t2i_align.errors import DataError, RecipeError, UserError
 from t2i_align.progress import progress
 from t2i_align.protocols import Generator, Objective
+from t2i_align.quiet import hushing
 from t2i_align.recipe import Recipe
 from t2i_align.train.compiled import compile_views
 from t2i_align.train.offline import StoredFeed, prepared
@@ -184,7 +185,7 @@ def spread(task: Task, recipe: Recipe, num: int) -> list[dict[str, int]]:
     """
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(num, mp_context=context) as pool:
+        with ProcessPoolExecutor(num, context, hushing()) as pool:
             jobs = [pool.submit(guarded, task, recipe, k, num) for k in range(num)]
             done = [job.result() for job in jobs]
     except BrokenProcessPool as error:

@@ -104,7 +104,7 @@ def test_the_real_ones_wait_and_can_still_be_used() -> None:
     """diffusers' models load neither; after that ours may use both, and diffusers bitsandbytes."""
     code = """
 import sys
-from t2i_align.cli.quiet import hush
+from t2i_align.quiet import hush
 hush()
 from diffusers import UNet2DConditionModel
 from diffusers.quantizers.bitsandbytes import utils
@@ -126,6 +126,25 @@ for name in ("bitsandbytes", "torchao"):
     assert first == "[]"
     assert others[0] == "bitsandbytes bitsandbytes Linear4bit"
     assert others[1] in ("torchao torchao Linear4bit", "MissingDependencyError")
+
+
+def test_processes_of_a_quiet_one_are_quiet() -> None:
+    """A pool's processes hide what the verb hides; without a verb they are left alone."""
+    code = """
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from t2i_align import quiet
+LOOK = "__import__('sys').modules.get('torchao', 0) is None"
+def seen():
+    with ProcessPoolExecutor(1, get_context("spawn"), quiet.hushing()) as pool:
+        return pool.submit(eval, LOOK).result()
+if __name__ == "__main__":
+    print(seen())
+    quiet.hush()
+    print(seen())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_names_are_those_of_extras() -> None:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from t2i_align.later import hide, import_later, importing
+
+_HUSHED: list[bool] = []  # not empty once it was called
+
+
+def hushing() -> Callable[[], None] | None:
+    """What starts a process of this one's: :func:`hush` where it was called here."""
+    return hush if _HUSHED else None
 
 
 def hush() -> None:
@@ -12,6 +20,7 @@ def hush() -> None:
 
     Called before the first import of diffusers, so optional libraries can wait for their use.
     """
+    _HUSHED.append(True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import_later()
     hide()
