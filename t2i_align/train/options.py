@@ -139,7 +139,7 @@ class TrainOptions(Options):
     )
     channels_last: bool = Field(
         default=False,
-        description="memory format of convolutional backbones; faster on GPUs and for wide networks",
+        description="memory format of convolutional backbones; faster on GPUs, in wide networks",
     )
     compile: Literal["none", "regional", "full"] = Field(
         default="none",
