@@ -248,6 +248,16 @@ def noted_recipe(values: dict[str, Any], name: str) -> Recipe:
     return Recipe(**valid)
 
 
+def written_out(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """What :func:`noted_recipe` is given, with this version's defaults in it.
+
+    Sections that this version cannot read stay as they are.
+    """
+    valid, _ = _validate_all(Document(name, values))
+    plain = Recipe.model_construct(**valid).to_dict()
+    return values | {key: plain[key] for key in valid}
+
+
 def _line(problem: Problem) -> float:
     """Sort key: the line in the file, with the command line last."""
     line = problem.where.rpartition(":")[2]

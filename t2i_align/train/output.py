@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from t2i_align.errors import OutputError, RecipeError
+from t2i_align.errors import OutputError
 from t2i_align.folder_lock import is_foreign, unwritable
 from t2i_align.plain_json import load_object
-from t2i_align.recipe import noted_recipe
+from t2i_align.recipe import written_out
 
 RUN_FILE = "run.json"
 VERSION = 1
@@ -46,7 +46,7 @@ def claim(folder: Path, recipe: dict[str, Any], *, resume: bool, version: str) -
                 "continue it with train.resume_from_checkpoint=latest, or choose another "
                 "output_dir",
             )
-        compare(folder, completed(recipe_in(marker), marker), recipe)
+        compare(folder, written_out(recipe_in(marker), str(marker)), recipe)
     elif folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir: {folder} is a file", "choose another output_dir")
     elif is_foreign(folder, RUN_FILE):
@@ -77,17 +77,6 @@ def recipe_in(marker: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("train", {}), dict):
         raise OutputError(f"{marker} holds no recipe", "choose another output_dir")
     return found
-
-
-def completed(recipe: dict[str, Any], marker: Path) -> dict[str, Any]:
-    """A noted recipe with the defaults of options that came after the run began.
-
-    One that this version cannot read stays as it is: comparing it names what differs.
-    """
-    try:
-        return noted_recipe(recipe, str(marker)).to_dict()
-    except RecipeError:
-        return recipe
 
 
 def started(folder: Path) -> bool:

@@ -40,10 +40,10 @@ from t2i_align.errors import DataError, OutputError
 from t2i_align.folder_lock import is_foreign, occupied
 from t2i_align.plain_json import load_object
 from t2i_align.process.seeds import derive
-from t2i_align.recipe import Recipe
+from t2i_align.recipe import Recipe, written_out
 from t2i_align.registry import resolve
 from t2i_align.train.log import write_json
-from t2i_align.train.output import completed, difference, recipe_in, started
+from t2i_align.train.output import difference, recipe_in, started
 from t2i_align.train.rounds_options import RoundsOptions, SamplesOptions, changed
 from t2i_align.train.start import start_from
 
@@ -123,9 +123,10 @@ def claim(folder: Path, recipe: Recipe) -> None:
     marker, facts = folder / ROUNDS_FILE, _identity(recipe.to_dict())
     if marker.is_file():
         noted = recipe_in(marker) | {"output_dir": recipe.output_dir}
-        before = _identity(completed(noted, marker))
+        before = _identity(written_out(noted, str(marker)))
         if before != facts:
-            odd = [difference(k, before.get(k), v) for k, v in facts.items() if before.get(k) != v]
+            keys = [k for k in facts | before if before.get(k) != facts.get(k)]
+            odd = [difference(k, before.get(k), facts.get(k)) for k in keys]
             raise OutputError(
                 f"output_dir: {folder} holds rounds of another recipe: {'; '.join(odd)}",
                 "restore those values to continue, or choose another output_dir",
