@@ -264,8 +264,6 @@ def bounds(gain: Mapping[str, Any], single: Sequence[str] = ()) -> str:
 def mcnemar_line(result: Mapping[str, Any]) -> str | None:
     """McNemar's test of all pictures in a sentence; None where scores are no verdicts."""
     p = result["overall"]["mcnemar_p"]
-    return (
-        None
-        if p is None
-        else (f"McNemar's exact test, which takes pictures as independent: p = {p:.2g}")
-    )
+    if p is None:
+        return None
+    return f"McNemar's exact test, which takes pictures as independent: p = {p:.2g}"

@@ -109,8 +109,8 @@ def drawn(
     started = not ray.is_initialized()
     if started:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
     device = "cuda" if cluster.num_gpus else "cpu"
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         # a block a piece: Ray moves blocks, so none is split and none is joined to another

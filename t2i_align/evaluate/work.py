@@ -171,9 +171,7 @@ def _elsewhere(
 _WORKERS: list[Worker] = []  # one, in a spawned process
 
 
-def _begin(
-    job: Job, num_threads: int, ranks: Any, quieten: Callable[[], None] | None = None
-) -> None:
+def _begin(job: Job, num_threads: int, ranks: Any, quieten: Callable[[], None] | None) -> None:
     """Start a spawned process; Ctrl-C is left to the one that spawned it."""
     from dataclasses import replace
 

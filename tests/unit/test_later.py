@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import pytest
 
-from t2i_align import later
+from t2i_align import later, quiet
+from t2i_align.evaluate import work
 from t2i_align.later import hide, import_later, importing, show
 from t2i_align.optional import require
+from t2i_align.quiet import hush
+from t2i_align.train import cache_build
 
 NAME = "slow_library"
 
@@ -145,6 +149,27 @@ if __name__ == "__main__":
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_evaluations_and_cache_builds_start_their_processes_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[tuple[Any, ...]] = []
+
+    def pool(*given: Any) -> Any:
+        started.append(given)
+        raise InterruptedError
+
+    for module in (work, cache_build):
+        monkeypatch.setattr(module, "ProcessPoolExecutor", pool)
+    for called, wanted in (([True], hush), ([], None)):
+        monkeypatch.setattr(quiet, "_HUSHED", called)
+        with pytest.raises(InterruptedError):
+            list(work._elsewhere(cast(Any, None), "draw", [[0]], 2, 1))
+        with pytest.raises(InterruptedError):
+            cache_build.spread(cast(Any, None), cast(Any, None), 2)
+        (*_, (*_, of_eval)), (*_, of_build) = started[-2:]
+        assert of_eval is wanted and of_build is wanted
 
 
 def test_names_are_those_of_extras() -> None:
