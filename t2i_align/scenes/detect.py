@@ -1,13 +1,12 @@
 """The exact judge: what is in a picture of the world, found without learning.
 
     ground      median of the border, then of the pixels near it
-    foreground  pixels far from the ground; connected parts, split by colour, loose parts joined
-    again colour      nearest palette colour of the part's core shape       soft mask, normalised to
-    32 x 32, against stamps of every class in several sizes and
-                angles: overlap = sum min / sum max, best over one-pixel shifts
+    foreground  pixels far from the ground; connected parts, split by colour, loose ones rejoined
+    colour      nearest palette colour of the part's core
+    shape       soft mask, normalised to 32 x 32, against stamps of every class in several sizes
+                and angles: overlap = sum min / sum max, best over one-pixel shifts
     none        a part is an object only where its overlap passes its class's threshold and leads
-    the
-                runner-up; thresholds were set with negative controls (blobs, foreign shapes,
+                the runner-up; thresholds were set with negative controls (blobs, foreign shapes,
                 letters), see ``datasets/scenes/README.md``
 
 An accepted part gets a GenEval score above 0.9, any other part one below 0.3, so both of GenEval's

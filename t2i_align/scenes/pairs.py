@@ -5,7 +5,9 @@ score) makes a pair; where they agree in the verdict and differ by at most ``TIE
 the pair is kept as a tie (label 0.5), so that consumers have to handle ties. With renders as
 winners, a correct render stands against the best and the worst sample, where they are wrong; with
 repairs as winners, every wrong sample stands against itself put right (``repair.py``). Columns are
-Pick-a-Pic's; pictures are WebP, of which 64 px take some 330 bytes.
+Pick-a-Pic's; pictures are AVIF with colour at full resolution, of which 64 px take some 430 bytes
+in a parquet file. (Half the resolution, as in WebP, takes 60 % of the energy of coloured edges, and
+a policy trained on such files learns to draw softer pictures.)
 """
 
 from __future__ import annotations
@@ -38,12 +40,19 @@ from t2i_align.scenes.repair import repaired
 from t2i_align.scenes.score import graded_score
 
 TIE = 0.08
+STORED: dict[str, Any] = {
+    "quality": 65,
+    "subsampling": "4:4:4",
+    "speed": 2,
+    "max_threads": 1,
+    "advanced": {"tune": "psnr"},  # of the same size as tuned to ssim, with cleaner colours
+}
 
 
 def encoded(image: Image.Image) -> bytes:
-    """A small file."""
+    """A small file that keeps 94 % of the energy of coloured edges and 99.7 % of the contrast."""
     stream = io.BytesIO()
-    image.save(stream, "WEBP", quality=75, method=6)
+    image.save(stream, "AVIF", **STORED)
     return stream.getvalue()
 
 

@@ -135,7 +135,7 @@ def encoded(kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM"])
 def test_torn_and_edited_pictures_are_refused_or_read(kind: str) -> None:
     raw, chance, ends = encoded(kind), random.Random(kind), {}
     for end in range(0, len(raw), max(1, len(raw) // 60)):
@@ -168,6 +168,8 @@ def test_unusual_pictures_are_read_as_what_they_show() -> None:
         (red, "PNG", {"save_all": True, "append_images": [clear] * 2}, (200, 0, 0), (4, 6)),
         (red, "WEBP", {"save_all": True, "append_images": [clear], "lossless": True}, 0, (4, 6)),
         (red, "JPEG", {"exif": exif.tobytes()}, (200, 0, 0), (6, 4)),
+        (red, "AVIF", {"exif": exif.tobytes(), "quality": 95}, (200, 0, 0), (6, 4)),
+        (red, "AVIF", {"save_all": True, "append_images": [clear], "quality": 95}, 0, (4, 6)),
     ]
     for image, kind, options, colour, size in made:
         file = io.BytesIO()

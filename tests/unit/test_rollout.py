@@ -282,7 +282,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert texts_of(str(tmp_path / "p.txt")) == ["a cat", "a dog"]
     (tmp_path / "p.json").write_text('[{"caption": "a cat"}, {"caption": "a dog"}, "a cat"]')
     assert texts_of(str(tmp_path / "p.json")) == ["a cat", "a dog"]
-    assert len(texts_of("bundled/scenes/pairs_repairs.parquet")) == 612  # of 3,490 rows
+    assert len(texts_of("bundled/scenes/pairs_repairs.parquet")) == 648  # of 4,011 rows
     (tmp_path / "q.json").write_text('[{"text": "a cat"}]')
     with pytest.raises(DataError, match=r"q.json: row 0 has no prompt or caption"):
         texts_of(str(tmp_path / "q.json"))

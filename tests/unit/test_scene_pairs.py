@@ -7,20 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
+from t2i_align.catalog import find_root
 from t2i_align.errors import DataError
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_options import DiffusersOptions
 from t2i_align.rollout.generate import load_weights
 from t2i_align.scenes import pairs
-from t2i_align.scenes.pairs import PairSettings, build_pairs
+from t2i_align.scenes.grammar import sample_prompts
+from t2i_align.scenes.pairs import PairSettings, batch_rows, build_pairs, decoded
 
 SETTINGS = PairSettings(3, samples=2, winners="repairs", seed=3, batch=1)
 QUIET = Console(quiet=True)
+BUNDLED = [
+    ("pairs", "samples", 700, 5),
+    ("pairs_repairs", "repairs", 1450, 7),
+    ("pairs_repairs", "repairs", 1450, 8),
+]
+ID_OF_SEED = 10_000_000  # what sets the ids of two calls apart in one file
+SIDES = ("jpg_0", "jpg_1")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +95,26 @@ def test_parts_of_other_settings_or_weights_are_not_taken(
         with torch.no_grad():
             weight.copy_(before)
     assert drawn == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "winners", "num", "seed"), BUNDLED)
+def test_the_bundled_pairs_are_what_their_command_draws(
+    base: DiffusersGenerator, name: str, winners: Any, num: int, seed: int
+) -> None:
+    """The first batch again; another machine may round a picture differently."""
+    settings = PairSettings(num, winners=winners, seed=seed)
+    items = sample_prompts(num, seed, held_out=False)[: settings.batch]
+    made = {r["ranking_id"]: r for r in batch_rows(base, items, 0, settings)}
+    rows = pq.read_table(find_root() / "datasets" / "scenes" / f"{name}.parquet").to_pylist()
+    offset = ID_OF_SEED * seed if winners == "repairs" else 0
+    held = {r["ranking_id"] - offset: r for r in rows}
+    shared = [k for k in made if k in held]
+    assert len(shared) > 0.8 * len(made) > 0
+    for k in shared:
+        assert made[k]["caption"] == held[k]["caption"]
+        apart = [np.abs(decoded(made[k], x) - decoded(held[k], x).astype(float)) for x in SIDES]
+        assert max(float(a.mean()) for a in apart) < 6
 
 
 def test_pictures_that_say_nothing_are_an_error(

@@ -91,7 +91,7 @@ def test_a_reference_column_goes_into_the_medium(tmp_path: Path) -> None:
 
 def test_the_bundled_pairs_go_by_their_name() -> None:
     pictures = Pictures([Path("bundled/scenes/pairs.parquet")])
-    assert pictures.survey() == 2 * 1448
+    assert pictures.survey() == 2 * 700
 
 
 def test_shards_have_json_prompts_several_pictures_and_bounds(
