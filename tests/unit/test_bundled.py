@@ -38,8 +38,10 @@ def test_it_is_small_and_loads_in_plain_diffusers(name: str) -> None:
     assert sum(f.stat().st_size for f in files) <= BUDGET[name]
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl")]
     absent = {} if LENGTH[name] is None else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe: Any = DiffusionPipeline.from_pretrained(local_path(name), dtype=torch.float32, **absent)
+    pipe: Any = DiffusionPipeline.from_pretrained(local_path(name), **absent)  # as in docs
     pipe.set_progress_bar_config(disable=True)
+    parts = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}
     g = generator(name)
     inputs = g.prepare_sampling(["a photo of a red car"], num_steps=4, guidance=3.0)
     ours = g.decode(g.rollout(inputs, torch.tensor([5]), "policy").sample)[0].data
