@@ -168,8 +168,8 @@ def test_unusual_pictures_are_read_as_what_they_show() -> None:
         (red, "PNG", {"save_all": True, "append_images": [clear] * 2}, (200, 0, 0), (4, 6)),
         (red, "WEBP", {"save_all": True, "append_images": [clear], "lossless": True}, 0, (4, 6)),
         (red, "JPEG", {"exif": exif.tobytes()}, (200, 0, 0), (6, 4)),
-        (red, "AVIF", {"exif": exif.tobytes(), "quality": 95}, (200, 0, 0), (6, 4)),
-        (red, "AVIF", {"save_all": True, "append_images": [clear], "quality": 95}, 0, (4, 6)),
+        (red, "AVIF", {"exif": exif.tobytes(), "quality": 100}, (200, 0, 0), (6, 4)),
+        (red, "AVIF", {"save_all": True, "append_images": [clear], "quality": 100}, 0, (4, 6)),
     ]
     for image, kind, options, colour, size in made:
         file = io.BytesIO()
