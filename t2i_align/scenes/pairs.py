@@ -5,9 +5,9 @@ score) makes a pair; where they agree in the verdict and differ by at most ``TIE
 the pair is kept as a tie (label 0.5), so that consumers have to handle ties. With renders as
 winners, a correct render stands against the best and the worst sample, where they are wrong; with
 repairs as winners, every wrong sample stands against itself put right (``repair.py``). Columns are
-Pick-a-Pic's; pictures are AVIF with colour at full resolution, of which 64 px take some 430 bytes
+Pick-a-Pic's; pictures are AVIF with colour at full resolution, of which 64 px take some 400 bytes
 in a parquet file. (Half the resolution, as in WebP, takes 60 % of the energy of coloured edges, and
-a policy trained on such files learns to draw softer pictures.)
+a policy trained on such files loses sharpness; docs/scenes.md.)
 """
 
 from __future__ import annotations
