@@ -6,7 +6,9 @@ forward and backward on the device, and must agree with torch's own, before anyt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -186,3 +188,49 @@ def set_attention(
         else:
             switch.enable_xformers_memory_efficient_attention()
     return kernel
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` under the CPU's autocast, its answer in autocast's dtype."""
+    half = torch.get_autocast_dtype("cpu")
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        out = nn.functional.scaled_dot_product_attention(
+            query.float(),
+            key.float(),
+            value.float(),
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    return out.to(half)
+
+
+@contextlib.contextmanager
+def float32_on_cpu() -> Iterator[None]:
+    """Attention in float32 under the CPU's autocast, as long as the block lasts; CUDA is untouched.
+
+    The backward pass of torch's CPU kernel takes longer in bfloat16 than in float32, with few keys
+    by far: a step of the bundled UNet takes some 1.2 times as long (``pytest -m bench
+    tests/unit/test_float32_attention.py``). Set in torch's dispatcher, so that blocks recomputed in
+    the backward pass see the same.
+    """
+    name = "scaled_dot_product_attention"
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*[Oo]verrid", UserWarning)
+            library.impl(name, _attend, "AutocastCPU", allow_override=True)
+        yield

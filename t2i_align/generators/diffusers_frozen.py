@@ -55,6 +55,11 @@ def joined(parts: Sequence[Conditioned]) -> Conditioned:
     return Conditioned(cond, stacked(others, ragged=True) if others else None)
 
 
+def _own(x: Tensor) -> Tensor:
+    """One of a batch, in memory of its own and in the usual order."""
+    return x.cpu().clone(memory_format=torch.contiguous_format)
+
+
 class FrozenParts:
     """A stock pipeline around a denoiser that may be absent (on the meta device).
 
@@ -167,10 +172,10 @@ class FrozenParts:
         pixels = torch.stack([e.state["pixels"] for e in loaded])
         mean, std = latents.encode(self.pipe.vae, pixels, self.layout.codec)
         if std is None:
-            states = [{"x0": x.cpu().clone()} for x in mean]
+            states = [{"x0": _own(x)} for x in mean]
         else:
             both = zip(mean, std, strict=True)
-            states = [{"mean": m.cpu().clone(), "std": s.cpu().clone()} for m, s in both]
+            states = [{"mean": _own(m), "std": _own(s)} for m, s in both]
         return [Encoded(state, e.meta) for state, e in zip(states, loaded, strict=True)]
 
     @visiting("vae")

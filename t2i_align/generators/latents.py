@@ -83,8 +83,10 @@ def encode(vae: Any, pixels: Tensor, codec: CodecName) -> tuple[Tensor, Tensor |
         assert mean is not None
         return mean, std
     lifted = codec == "image_of_clip"
-    given = pixels.unsqueeze(2) if lifted else pixels
-    output = vae.encode(given.to(vae.device, vae.dtype))
+    given = (pixels.unsqueeze(2) if lifted else pixels).to(vae.device, vae.dtype)
+    if given.dim() == 4 and given.device.type == "cpu":
+        given = given.contiguous(memory_format=torch.channels_last)  # takes 4/5 of the time there
+    output = vae.encode(given)
     if hasattr(output, "latent"):
         parts = [output.latent.float(), None]
     else:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from t2i_align.generators.attention import float32_on_cpu
 from t2i_align.recipe import load_recipe
 from t2i_align.train.accounting import FLOOR, tera
 from t2i_align.train.log import write_json
@@ -101,13 +102,14 @@ def measure(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="t2i_align_step_") as folder:
         given = ["train.report_to=none", *job.overrides, f"output_dir={folder}/run"]
         recipe = load_recipe(job.recipe, given, cuda=torch.cuda.is_available())
-        run = Run(recipe, Console(file=io.StringIO()))
-        try:
-            with run.kept or nullcontext():  # what the reference said serves the next round
-                return _measured(run, job)
-        finally:
-            run.feed.close()
-            run.log.close()
+        with float32_on_cpu():
+            run = Run(recipe, Console(file=io.StringIO()))
+            try:
+                with run.kept or nullcontext():  # what the reference said serves the next round
+                    return _measured(run, job)
+            finally:
+                run.feed.close()
+                run.log.close()
 
 
 def _measured(run: Run, job: Job) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def train_one(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Run a recipe without rounds."""
     with importing():
         from t2i_align.folder_lock import occupied
+        from t2i_align.generators.attention import float32_on_cpu
         from t2i_align.train.loop import Run
         from t2i_align.train.output import RUN_FILE
 
-    with occupied(Path(recipe.output_dir).expanduser(), RUN_FILE):
+    with occupied(Path(recipe.output_dir).expanduser(), RUN_FILE), float32_on_cpu():
         return Run(recipe, console).run()

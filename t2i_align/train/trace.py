@@ -10,7 +10,7 @@ graph. So a step is simply run, and of every operation is noted
 The meta device knows neither mixed precision nor fused attention, so both are played here:
 
     autocast     matrix products in half precision, casts of trained float32 weights kept until the
-                 block ends, on CUDA norms and powers in float32
+                 block ends, on CUDA norms and powers in float32, on the CPU attention in float32
     attention    one operation that keeps q, k, v, the output and its log-sum-exp, no N x N matrix;
                  its backward computes five products, the scores once more among them
 
@@ -97,8 +97,11 @@ class Precision(TorchFunctionMode):
         """Run a function of torch on what autocast would give it."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            args, kwargs = tree_map(self._lower, (args, kwargs))
-            return attention(*args, **kwargs)
+            if self.half is None or self.device == "cuda":
+                args, kwargs = tree_map(self._lower, (args, kwargs))
+                return attention(*args, **kwargs)
+            args, kwargs = tree_map(self._raise, (args, kwargs))
+            return attention(*args, **kwargs).to(self.half)
         if self.half is not None and func in PRODUCTS:
             args, kwargs = tree_map(self._lower, (args, kwargs))
         elif self.half is not None and self.device == "cuda" and func in EXACT:
