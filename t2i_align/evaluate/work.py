@@ -9,6 +9,7 @@ processes along.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -139,10 +140,9 @@ def spread(
     """
     if num_processes == 1 or not pieces:
         do: Callable[[Piece], Any] = {"draw": worker.draw, "answer": worker.answer}[what]
-        if num_threads is not None and pieces:
-            _set_threads(num_threads)
-        for piece in pieces:
-            yield piece, do(piece)
+        with _threads(num_threads if pieces else None):
+            for piece in pieces:
+                yield piece, do(piece)
         return
     threads = num_threads or max(1, (os.cpu_count() or 1) // num_processes)
     yield from _elsewhere(worker.job, what, pieces, num_processes, threads)
@@ -179,7 +179,7 @@ def _begin(job: Job, num_threads: int, ranks: Any, quieten: Callable[[], None] |
     if quieten is not None:
         quieten()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _set_threads(num_threads)
+    _set_threads(num_threads)  # for its life
     rank = ranks.get()
     if job.device == "cuda":
         import torch
@@ -203,6 +203,22 @@ def _do(what: str, piece: Piece) -> Any:
         return {"draw": _WORKERS[0].draw, "answer": _WORKERS[0].answer}[what](piece)
     except RecipeError as error:  # its parts do not travel between processes
         raise UserError(error.message) from error
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads in a block; the caller's process goes on with its own number."""
+    if count is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _set_threads(count: int) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from t2i_align.cli import build_app
 from t2i_align.evaluate.run import Request, run
 from t2i_align.evaluate.sampling import Model, defaults
+from t2i_align.evaluate.work import spread
 from t2i_align.generators.diffusers_family import DiffusersGenerator
 from t2i_align.generators.diffusers_options import DiffusersOptions
 
@@ -64,6 +66,21 @@ def test_a_lora_is_loaded_named_and_compared(tmp_path: Path) -> None:
     other = RUNNER.invoke(build_app(), [*words, "--lora", str(tmp_path / "lsome"), "--out",
                                         str(tmp_path / "none")])  # fmt: skip
     assert other.exit_code != 0 and "weights_sha256" in other.output
+
+
+def test_a_number_of_threads_holds_for_the_work_alone() -> None:
+    """Afterwards, and where a reader stops in the middle, the caller's own number is back."""
+    worker: Any = SimpleNamespace(draw=lambda piece: torch.get_num_threads(), answer=None)
+    pieces: Any = ["one", "two"]
+    before = torch.get_num_threads()
+    assert [n for _, n in spread(worker, "draw", pieces, num_threads=before + 1)] == 2 * [
+        before + 1
+    ]
+    assert torch.get_num_threads() == before
+    stopped: Any = spread(worker, "draw", pieces, num_threads=before + 1)
+    assert next(stopped) == ("one", before + 1)
+    stopped.close()
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
