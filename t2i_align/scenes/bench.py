@@ -187,6 +187,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "name": r["run"],
                 "model": r["model"],
+                "steps": r["steps"],
                 "before": f"{r['before']:.3f}",
                 "after": f"{r['after']:.3f}",
                 "difference": f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]",

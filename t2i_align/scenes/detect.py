@@ -155,13 +155,14 @@ def overlaps(mask: np.ndarray) -> np.ndarray:
     """Best soft overlap with each class and with none ``(11,)``, over sizes, angles and shifts."""
     bank, labels = templates()
     query = normalised(mask)
+    both = bank.sum((1, 2)) + query.sum()  # of the smaller and the larger, wherever it is moved
     best = np.zeros(len(CLASSES) + 1, np.float32)
+    low = np.zeros(len(bank), np.float32)
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
             moved = np.roll(query, (dy, dx), (0, 1))
-            low = np.minimum(bank, moved).sum((1, 2))
-            share = low / np.maximum(bank, moved).sum((1, 2))
-            np.maximum.at(best, labels, share)
+            np.maximum(low, np.minimum(bank, moved).sum((1, 2)), out=low)
+    np.maximum.at(best, labels, low / (both - low))  # which rises with the smaller
     return best
 
 

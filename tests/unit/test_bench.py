@@ -100,7 +100,7 @@ def test_the_table_grows_with_every_finished_run(
     assert kept["rows"] == rows
     table = (settings.out / "table.md").read_text()
     assert table == markdown(lines(rows)) and table.count("\n") == 4
-    assert "| scenes_dpo-s1 | scenes_sdxl | 0.500 | 0.750 | +0.250 [" in table
+    assert "| scenes_dpo-s1 | scenes_sdxl | 4 | 0.500 | 0.750 | +0.250 [" in table
     again = bench(planned, settings, silent(), minutes=0)
     assert [r["run"] for r in again] == [r["run"] for r in rows], "finished runs are only read"
 
