@@ -96,6 +96,9 @@ def pairs(
         bool, typer.Option(help="Held-out prompts: to measure judges, never to train.")
     ] = False,
     guidance_scale: Annotated[float, typer.Option(min=1, help="Of sampling; 1 = off.")] = 3.0,
+    lossless: Annotated[
+        bool, typer.Option(help="Pictures without loss, nine times the bytes.")
+    ] = False,
     max_sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Text tokens of T5; 16 for bundled/scenes_sd3.")
     ] = None,
@@ -111,7 +114,9 @@ def pairs(
 
     hush()
     console = Console(stderr=True)
-    settings = PairSettings(num, samples, winners, pairing, held_out, seed, guidance_scale)
+    settings = PairSettings(
+        num, samples, winners, pairing, held_out, seed, guidance_scale, lossless=lossless
+    )
     options = DiffusersOptions(
         name_or_path=model, resolution=64, max_sequence_length=max_sequence_length
     )

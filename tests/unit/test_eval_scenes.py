@@ -205,6 +205,22 @@ def test_both_kinds_of_pairs_are_the_one_and_the_other() -> None:
     assert seen > 6
 
 
+def test_lossless_pairs_hold_what_was_drawn() -> None:
+    """Of every kind of pair; the other files are near, not equal."""
+    rng = np.random.default_rng(6)
+    prompts = grammar.prompts(held_out=False)
+    item, other = prompts["colors"][1], prompts["colors"][7]
+    good, bad = truth(item, rng), truth(other, rng)
+    kinds: list[Any] = [{"pairing": "all"}, {"winners": "renders"}]
+    for kind in ({"winners": "samples"}, {"winners": "repairs"}, *kinds):
+        for lossless in (True, False):
+            settings = PairSettings(1, **kind, lossless=lossless)
+            (row,) = rows_of([good, bad], item, 0, settings)
+            assert row is not None
+            loser = decoded(row, "jpg_0" if row["label_0"] == 0 else "jpg_1")
+            assert np.array_equal(loser, np.asarray(bad)) == lossless
+
+
 def coloured_edges(image: Image.Image) -> float:
     """Energy of the differences between neighbours, brightness taken out."""
     pixels = np.asarray(image.convert("RGB"), float)
