@@ -97,7 +97,7 @@ def pairs(
     ] = False,
     guidance_scale: Annotated[float, typer.Option(min=1, help="Of sampling; 1 = off.")] = 3.0,
     lossless: Annotated[
-        bool, typer.Option(help="Pictures without loss, nine times the bytes.")
+        bool, typer.Option(help="Pictures without loss, seven times the bytes.")
     ] = False,
     max_sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Text tokens of T5; 16 for bundled/scenes_sd3.")

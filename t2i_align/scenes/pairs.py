@@ -54,7 +54,7 @@ def encoded(image: Image.Image, *, lossless: bool = False) -> bytes:
 
     Args:
         image: to store.
-        lossless: a file nine times as large that keeps all of it.
+        lossless: a file seven times as large that keeps all of it.
     """
     stream = io.BytesIO()
     if lossless:
@@ -197,7 +197,7 @@ class PairSettings:
         seed: of prompts and noise.
         guidance: of sampling.
         batch: prompts at once.
-        lossless: pictures are stored as they are, in files nine times as large.
+        lossless: pictures are stored as they are, in files seven times as large.
     """
 
     num_prompts: int
