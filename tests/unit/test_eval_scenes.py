@@ -212,8 +212,8 @@ def test_lossless_pairs_hold_what_was_drawn() -> None:
     prompts = grammar.prompts(held_out=False)
     item, other = prompts["colors"][1], prompts["colors"][7]
     good, bad = truth(item, rng), truth(other, rng)
-    kinds: list[Any] = [{"pairing": "all"}, {"winners": "renders"}]
-    for kind in ({"winners": "samples"}, {"winners": "repairs"}, *kinds):
+    kinds: list[dict[str, Any]] = [{"winners": k} for k in ("samples", "renders", "repairs")]
+    for kind in (*kinds, {"pairing": "all"}):
         for lossless in (True, False):
             settings = PairSettings(1, **kind, lossless=lossless)
             (row,) = rows_of([good, bad], item, 0, settings)
