@@ -213,7 +213,8 @@ def test_lossless_pairs_hold_what_was_drawn() -> None:
     item, other = prompts["colors"][1], prompts["colors"][7]
     good, bad = truth(item, rng), truth(other, rng)
     kinds: list[dict[str, Any]] = [{"winners": k} for k in ("samples", "renders", "repairs")]
-    for kind in (*kinds, {"pairing": "all"}):
+    kinds.append({"pairing": "all"})
+    for kind in kinds:
         for lossless in (True, False):
             settings = PairSettings(1, **kind, lossless=lossless)
             (row,) = rows_of([good, bad], item, 0, settings)
