@@ -191,31 +191,15 @@ def set_attention(
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any, **named: Any
 ) -> Tensor:
     """``scaled_dot_product_attention`` under the CPU's autocast, its answer in autocast's dtype."""
     half = torch.get_autocast_dtype("cpu")
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = attn_mask.float()
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    attend = nn.functional.scaled_dot_product_attention
     with torch.autocast("cpu", enabled=False):
-        out = nn.functional.scaled_dot_product_attention(
-            query.float(),
-            key.float(),
-            value.float(),
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
+        out = attend(query.float(), key.float(), value.float(), mask, *rest, **named)
     return out.to(half)
 
 
