@@ -288,6 +288,7 @@ def draw_pairs(
             seed=round_seed(recipe.seed, number, "samples"),
             guidance=options.guidance_scale,
             batch=options.batch_size,
+            lossless=True,  # an anchor learns what compression leaves of a winner; docs/scenes.md
         )
         counts = build_pairs(policy(recipe, start), file, settings, console)
         _mark(where, time.perf_counter() - begun, counts)

@@ -347,6 +347,7 @@ def test_pairs_of_the_embedded_world(tmp_path: Path) -> None:
     assert data.model_dump()["type"] == "pickapic" and data.model_dump()["path"] == str(file)
     assert rows and all({r["correct_0"], r["correct_1"]} == {True, False} for r in rows)
     assert all((r["label_0"] == 1) == r["correct_0"] for r in rows)
+    assert {r[k][12:16] for r in rows for k in ("jpg_0", "jpg_1")} == {b"VP8L"}  # lossless WebP
     before = file.stat().st_mtime_ns
     assert module.data_of(recipe, 2, None, console) == data
     assert file.stat().st_mtime_ns == before  # not drawn again
