@@ -159,7 +159,8 @@ def row(entry: Entry, settings: Settings, recipe: Recipe) -> dict[str, Any]:
     folder, base = settings.out / entry.name, base_folder(settings, recipe)
     result = compare(base / "eval", folder / "eval")
     trained_summary = json.loads((folder / "policy" / "summary.json").read_text())
-    seconds = json.loads((folder / "phases.json").read_text())["seconds"]
+    ledger_seconds = json.loads((folder / "phases.json").read_text())["seconds"].get("train", 0.0)
+    run_seconds = sum(trained_summary["seconds"].get(k, 0.0) for k in ("prepare", "load", "train"))
     return {
         "run": entry.name,
         "objective": recipe.objective.model_dump()["type"],
@@ -167,7 +168,8 @@ def row(entry: Entry, settings: Settings, recipe: Recipe) -> dict[str, Any]:
         "shuffled": entry.shuffled,
         "model": base.name.removeprefix("base-"),
         "steps": trained_summary["steps"],
-        "minutes": round(seconds.get("train", 0.0) / 60, 1),
+        # A bench killed while it trained never wrote the phase's seconds; the run's own it has.
+        "minutes": round(max(ledger_seconds, run_seconds) / 60, 1),
         **{k: result["overall"][k] for k in ("before", "after", "difference", "win", "lose")},
         "graded": result["graded"]["difference"],
         "tasks": {name: r["difference"] for name, r in result["tasks"].items()},

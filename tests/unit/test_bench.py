@@ -66,13 +66,16 @@ def test_the_flow_model_is_measured_where_its_gate_was(tmp_path: Path) -> None:
     assert base_folder(settings, recipe).name == "base-scenes_sd3"
 
 
+FINISHED = {"steps": 4, "last": {"loss": 1.0}, "seconds": {"prepare": 1.0, "train": 2.0}}
+
+
 def pretend(phase: Phase, ledger: Ledger, console: Console) -> None:
     """Leave what a phase would leave: half of the base's pictures right, three of four later."""
     ledger.add(phase.name, 6.0)
     folder = phase.product.parent
     if phase.name == "train":
         folder.mkdir(parents=True, exist_ok=True)
-        phase.product.write_text(json.dumps({"steps": 4, "last": {"loss": 1.0}}))
+        phase.product.write_text(json.dumps(FINISHED))
     elif phase.name == "evaluate" and not phase.product.exists():
         base = "base-" in str(folder)
         finished_evaluation(folder, [1, 0, 1, 0] if base else [1, 1, 1, 0])
@@ -103,6 +106,22 @@ def test_the_table_grows_with_every_finished_run(
     assert "| scenes_dpo-s1 | scenes_sdxl | 4 | 0.500 | 0.750 | +0.250 [" in table
     again = bench(planned, settings, silent(), minutes=0)
     assert [r["run"] for r in again] == [r["run"] for r in rows], "finished runs are only read"
+
+
+def test_minutes_of_a_run_whose_bench_was_killed_are_those_the_run_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "perform", pretend)
+    planned, settings = entries(["scenes_dpo"], [0], controls=False), Settings(tmp_path, 2, 0)
+    assert bench(planned, settings, silent())[0]["minutes"] == 0.1, "6 s of the whole phase"
+    phases = tmp_path / "scenes_dpo-s0" / "phases.json"
+    kept = json.loads(phases.read_text())
+    del kept["seconds"]["train"]
+    phases.write_text(json.dumps(kept))
+    policy = tmp_path / "scenes_dpo-s0" / "policy" / "summary.json"
+    policy.write_text(json.dumps(FINISHED | {"seconds": {"prepare": 30.0, "train": 90.0}}))
+    monkeypatch.setattr(module, "perform", lambda *given: None)  # as every product is there
+    assert bench(planned, settings, silent())[0]["minutes"] == 2.0
 
 
 def test_other_settings_in_the_same_folder_are_refused(
