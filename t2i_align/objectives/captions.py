@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import LossOutput, ScoredBatch
+from t2i_align.objectives.anchor import AnchorFields
 from t2i_align.objectives.dpo import DPO, DPOOptions
 from t2i_align.objectives.kto import KTO, KTOFields
 from t2i_align.options import Options
@@ -40,7 +41,7 @@ TPO = """@article{xian2025free,
 }"""
 
 
-class TDPOOptions(Options):
+class TDPOOptions(AnchorFields):
     """Options of ``objective: {type: tdpo}``."""
 
     type: Literal["tdpo"] = "tdpo"
@@ -53,7 +54,7 @@ class TKTOOptions(KTOFields):
     type: Literal["tkto"] = "tkto"
 
 
-class DCPOOptions(Options):
+class DCPOOptions(AnchorFields):
     """Options of ``objective: {type: dcpo}``."""
 
     type: Literal["dcpo"] = "dcpo"
@@ -70,7 +71,7 @@ class TDPO:
     def __init__(self, options: TDPOOptions) -> None:
         """The loss is DPO's."""
         self.options = options
-        self.loss = DPO(DPOOptions(beta=options.beta))
+        self.loss = DPO(DPOOptions(beta=options.beta, sft_weight=options.sft_weight))
 
     def init_state(self) -> dict[str, Tensor]:
         """That of the loss."""
@@ -130,7 +131,7 @@ class DCPO:
     def __init__(self, options: DCPOOptions) -> None:
         """The loss is DPO's."""
         self.options = options
-        self.loss = DPO(DPOOptions(beta=options.beta))
+        self.loss = DPO(DPOOptions(beta=options.beta, sft_weight=options.sft_weight))
 
     def init_state(self) -> dict[str, Tensor]:
         """That of the loss."""

@@ -14,8 +14,7 @@ reached with ``beta_sum = 0.5 beta / num_elements``.
 
     (4)  loss  += sft_weight E[-log p_policy(w)] on tokens, sft_weight E[m_w] on elbo
 
-Eq. (4) is the anchor of Regularized Preference Optimization (Liu et al. 2024, arXiv:2405.16436; off
-by default): it holds the winner's likelihood where (3) alone lets both fall.
+Eq. (4) is the anchor of :mod:`anchor`, off by default.
 
     (5)  rho(x) <- [rho(x) - (1 - a) v(x)] / a                     a = modpo_weight, v judge values
 
@@ -37,13 +36,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from t2i_align.contract import LossOutput, ScoredBatch, TensorDict
+from t2i_align.objectives.anchor import AnchorFields, anchored
 from t2i_align.objectives.links import LINKS, Link, pair_losses
-from t2i_align.objectives.margin import (
-    implicit_rewards,
-    negative_likelihood,
-    pair_metrics,
-    weighted_mean,
-)
+from t2i_align.objectives.margin import implicit_rewards, pair_metrics, weighted_mean
 from t2i_align.objectives.margin_weights import WEIGHTS, Weight
 from t2i_align.objectives.pairs import pair_margins
 from t2i_align.objectives.picks import Picked
@@ -51,7 +46,7 @@ from t2i_align.options import Options
 from t2i_align.protocols import ANY_KIND, Needs, Stats
 
 
-class DPOOptions(Options):
+class DPOOptions(AnchorFields):
     """Options of ``objective: {type: dpo}``."""
 
     type: Literal["dpo"] = "dpo"
@@ -77,12 +72,6 @@ class DPOOptions(Options):
         gt=0,
         le=1,
         description="share of the labels' objective, Eq. (5); the rest is the judge values'",
-    )
-    sft_weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of the winner's own loss, added to keep it likely; (3) pulls with "
-        "beta / 4 times the error's gradient at the start, so compare with that",
     )
 
     @field_validator("label_smoothing")
@@ -131,10 +120,7 @@ class DPO:
             (m, extra["weights/pair"]), state = self.weight(m, state)
         per_pair, state = pair_losses(self.link, m, state)  # (3)
         per_pair = per_pair * extra.get("weights/pair", 1.0)
-        if o.sft_weight > 0:
-            nll = negative_likelihood(batch)
-            kept = p * nll[batch.chosen] + (1 - p) * nll[batch.rejected]  # a tie has two winners
-            per_pair = per_pair + o.sft_weight * kept  # (4)
+        per_pair = anchored(per_pair, batch, o.sft_weight)  # (4)
         with torch.no_grad():
             extra |= {key: value.float().expand_as(p) for key, value in state.items()}
             metrics = pair_metrics(batch, rho, m.u) | extra

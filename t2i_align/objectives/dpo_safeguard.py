@@ -28,13 +28,16 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import LossOutput, Score, ScoredBatch, TensorDict
+from t2i_align.objectives.anchor import AnchorFields
 from t2i_align.objectives.dpo import DPO, DPOOptions
 from t2i_align.objectives.links import Link
 from t2i_align.options import Options
 from t2i_align.protocols import Needs, Stats
 
+SHARED = {"beta", "link", "sft_weight"}  # DPO's own
 
-class DPOSafeguardOptions(Options):
+
+class DPOSafeguardOptions(AnchorFields):
     """Options of ``objective: {type: dpo_safeguard}``."""
 
     type: Literal["dpo_safeguard"] = "dpo_safeguard"
@@ -67,7 +70,7 @@ class DPOSafeguard:
     def __init__(self, options: DPOSafeguardOptions) -> None:
         """Keep the options; ``needs`` follows from the link."""
         self.options = options
-        self.dpo = DPO(DPOOptions(beta=options.beta, link=options.link))
+        self.dpo = DPO(DPOOptions(**options.model_dump(include=SHARED)))
         bounded = self.dpo.needs.bounded_below
         self.needs = replace(DPOSafeguard.needs, bounded_below=bounded)
 

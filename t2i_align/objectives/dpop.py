@@ -11,6 +11,7 @@ The penalty acts only where the winner is less likely than under the reference; 
 the winner is ``1 + penalty`` times DPO's. At the start rho = 0 and (3) is DPO's, value and
 gradient (max takes the side of 0). The paper has language models, penalty 50 and beta .3; on elbo
 scores take DPO's beta, errors being means and the logit carrying 1/2. Kept ties take both orders.
+``sft_weight`` adds :mod:`anchor`, of which the paper has nothing.
 Bounded below by 0.
 """
 
@@ -24,12 +25,13 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import LossOutput, ScoredBatch, TensorDict
+from t2i_align.objectives.anchor import AnchorFields, anchored
 from t2i_align.objectives.margin import implicit_rewards, pair_metrics, weighted_mean
 from t2i_align.options import Options
 from t2i_align.protocols import ANY_KIND, Needs, Stats
 
 
-class DPOPOptions(Options):
+class DPOPOptions(AnchorFields):
     """Options of ``objective: {type: dpop}``."""
 
     type: Literal["dpop"] = "dpop"
@@ -66,6 +68,7 @@ class DPOP:
         w, l, p = rho[batch.chosen], rho[batch.rejected], batch.preference  # noqa: E741
         u = self._logit(w, l)
         per_pair = -p * F.logsigmoid(u) - (1 - p) * F.logsigmoid(self._logit(l, w))  # (3)
+        per_pair = anchored(per_pair, batch, self.options.sft_weight)
         with torch.no_grad():
             fallen = {"penalty/share": (w < 0).float()}
             metrics = pair_metrics(batch, rho, u) | fallen

@@ -14,6 +14,7 @@ logit_mean: 1``), and independent noise, hence the coupling.
 
 Unbounded below: the loss falls for ever as losers' errors grow. The loop stops a run whose losers'
 errors run away; use few steps (4,000 of 48 pairs in the release), or ``dpo`` to bound the drift.
+``sft_weight`` adds :mod:`anchor` to (1), of which the paper has nothing; losers stay unbounded.
 This is neither ``diffusion_dro`` nor the ``llm_dro`` of the same initials.
 """
 
@@ -22,10 +23,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from t2i_align.contract import LossOutput, ScoredBatch
+from t2i_align.objectives.anchor import AnchorFields, anchored
 from t2i_align.objectives.labelled import item_metrics, labels_of
 from t2i_align.objectives.margin import pair_metrics, weighted_mean
 from t2i_align.objectives.ties import both_orders
@@ -33,7 +35,7 @@ from t2i_align.options import Options
 from t2i_align.protocols import Needs, Stats
 
 
-class DSODROOptions(Options):
+class DSODROOptions(AnchorFields):
     """Options of ``objective: {type: dso_dro}``."""
 
     type: Literal["dso_dro"] = "dso_dro"
@@ -41,6 +43,12 @@ class DSODROOptions(Options):
         default="pairs",
         description="pairs: Eq. (1), needs pairs; signed: Eq. (2), needs labelled items",
     )
+
+    @model_validator(mode="after")
+    def _of_pairs(self) -> DSODROOptions:
+        if self.sft_weight > 0 and self.form != "pairs":
+            raise ValueError("sft_weight is an anchor on pairs; with form signed leave it out")
+        return self
 
 
 class DSODRO:
@@ -79,5 +87,6 @@ class DSODRO:
             metrics = item_metrics(batch, -m, -y * m)
         else:
             per_example = both_orders(lambda w, l: m[w] - m[l], batch)  # (1)  # noqa: E741
+            per_example = anchored(per_example, batch, self.options.sft_weight)
             metrics = pair_metrics(batch, -m, m[batch.rejected] - m[batch.chosen])
         return LossOutput(weighted_mean(per_example, batch.weight), per_example, metrics, state)

@@ -23,6 +23,7 @@ none, nor has this file. Choices of the code that are options here, at its value
     batch             the code inverts to the first pair's t and so wants one pair a device; here
                       every item has its own
 
+``sft_weight`` adds :mod:`anchor`, of which the paper has nothing.
 Kept ties: with probability ``preference`` that the first is better, loss = -p log s(u) - (1-p) log
 s(-u).
 """
@@ -37,12 +38,13 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import Inversion, LossOutput, ScoredBatch
+from t2i_align.objectives.anchor import AnchorFields, anchored
 from t2i_align.objectives.margin import implicit_rewards, pair_metrics, weighted_mean
 from t2i_align.options import Options
 from t2i_align.protocols import Needs, Stats
 
 
-class InPOOptions(Options):
+class InPOOptions(AnchorFields):
     """Options of ``objective: {type: inpo}``."""
 
     type: Literal["inpo"] = "inpo"
@@ -108,6 +110,7 @@ class InPO:
         u = rho[batch.chosen] - rho[batch.rejected]  # (3)
         p = batch.preference
         per_pair = -p * F.logsigmoid(u) - (1 - p) * F.logsigmoid(-u)  # (4)
+        per_pair = anchored(per_pair, batch, self.options.sft_weight)
         with torch.no_grad():
             metrics = pair_metrics(batch, rho, u)
         return LossOutput(weighted_mean(per_pair, batch.weight), per_pair, metrics, state)

@@ -22,9 +22,9 @@ Choices of the released code (JaydenLyh/SmPO, train.py), options here at its val
                       the values seen so far, which in the first steps depends on the batch. A
                       value more than a whole range outside is refused: its unit is another
     ReNoise           at every step; a summary of the paper says once, at the end
-    inversion_steps   10 for SDXL (here), 5 for SD1.5; the same summary says 9
-    inversion_grid    exact here; ``released`` as in ``inpo``
+    inversion_steps   10 for SDXL (here), 5 for SD1.5; that summary says 9. Their grid: ``inpo``
     batch             the code weighs every pair by the first one's p; here each has its own
+    sft_weight        adds :mod:`anchor`; neither paper nor code has it
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from t2i_align.contract import Inversion, LossOutput, ScoredBatch
 from t2i_align.errors import DataError
+from t2i_align.objectives.anchor import AnchorFields, anchored
 from t2i_align.objectives.margin import (
     accuracy,
     implicit_rewards,
@@ -50,7 +51,7 @@ from t2i_align.options import Options
 from t2i_align.protocols import Needs, Stats
 
 
-class SmPOOptions(Options):
+class SmPOOptions(AnchorFields):
     """Options of ``objective: {type: smpo}``."""
 
     type: Literal["smpo"] = "smpo"
@@ -69,9 +70,7 @@ class SmPOOptions(Options):
     inversion_view: Literal["policy", "reference"] = Field(
         default="policy", description="whose predictions invert; policy in the released code"
     )
-    inversion_grid: Literal["exact", "released"] = Field(
-        default="exact", description="exact ends at the drawn level; released: see inpo"
-    )
+    inversion_grid: Literal["exact", "released"] = Field(default="exact", description="as inpo's")
 
     @model_validator(mode="after")
     def _range(self) -> SmPOOptions:
@@ -121,6 +120,7 @@ class SmPO:
         u = g * (rho[batch.chosen] - rho[batch.rejected])
         p = batch.preference
         per_pair = -p * F.logsigmoid(u) - (1 - p) * F.logsigmoid(-u)  # (4)
+        per_pair = anchored(per_pair, batch, self.options.sft_weight)
         with torch.no_grad():
             metrics = pair_metrics(batch, rho, u)
             metrics |= {"smpo/weight": g.float(), "smpo/agreement": accuracy(gap)}
@@ -134,13 +134,12 @@ class SmPO:
             raise DataError("smpo: items without a judge's value", "set data.label_by.judges")
         if self.options.values == "fixed":
             low, high = self.options.value_min, self.options.value_max
-            normal = (values - low) / (high - low)
             in_range(values, low, high)
-            return normal, state
+            return (values - low) / (high - low), state
         seen = stats.gather(values)
         low, high = state["value_min"].minimum(seen.min()), state["value_max"].maximum(seen.max())
-        normal = torch.where(high > low, (values - low) / (high - low), 0.0)
-        return normal, {"value_min": low, "value_max": high}
+        span = {"value_min": low, "value_max": high}
+        return torch.where(high > low, (values - low) / (high - low), 0.0), span
 
 
 def _by_value(batch: ScoredBatch, gap: Tensor) -> ScoredBatch:

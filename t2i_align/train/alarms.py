@@ -31,6 +31,7 @@ class Facts:
         reference: whether the objective compares with one.
         bounded: whether its loss is bounded below.
         beta: the objective's, None where it has none.
+        anchor: its ``sft_weight``, None where it takes none.
         max_grad_norm: None where nothing is clipped.
         divergence_limit: see ``train.divergence_limit``.
     """
@@ -41,20 +42,22 @@ class Facts:
     reference: bool
     bounded: bool
     beta: float | None
+    anchor: float | None
     max_grad_norm: float | None
     divergence_limit: float | None
 
     @staticmethod
     def of(recipe: Recipe, needs: Needs, records: int) -> Facts:
         """The facts of a recipe."""
-        train = recipe.train
+        train, objective = recipe.train, recipe.objective.model_dump()
         return Facts(
             train.max_train_steps,
             train.lr_warmup_steps,
             records,
             "reference" in needs.views,
             needs.bounded_below,
-            recipe.objective.model_dump().get("beta"),
+            objective.get("beta"),
+            objective.get("sft_weight"),
             train.max_grad_norm,
             train.divergence_limit,
         )
@@ -216,10 +219,13 @@ def _to_unit_spread(w: History) -> float:
 
 def _advise_winner(w: History, value: float) -> str:
     loser = mean(w.last(f"{SEEN}loser_gap", 50) or [math.nan])
+    anchor = {None: "", 0.0: "add an anchor (objective.sft_weight), "}.get(
+        w.facts.anchor, f"raise the anchor (objective.sft_weight, {w.facts.anchor}), "
+    )
     return (
         f"the winners' loss is {value:.3g} above the reference's and the losers' {loser:.3g}: the "
-        "margin grows by unlearning losers faster than winners, which costs quality; add an anchor "
-        "(objective.sft_weight), use dpo_safeguard, lower the rate or stop earlier"
+        f"margin grows by unlearning losers faster than winners, which costs quality; {anchor}use "
+        "dpop or dpo_safeguard, lower the learning rate or stop earlier"
     )
 
 

@@ -30,7 +30,7 @@ from tests import runs
 from tests.tiny import llama_folder
 
 CALM = ("objective.sft_weight=2", "train.max_grad_norm=20")  # what a healthy run of this toy has
-FACTS = Facts(1000, 10, 32, True, True, 5.0, 1.0, 3.0)
+FACTS = Facts(1000, 10, 32, True, True, 5.0, 0.0, 1.0, 3.0)
 
 
 @pytest.fixture(scope="module")
