@@ -153,5 +153,6 @@ def test_melodies_move_as_asked(family: str, tmp_path: Path) -> None:
         steps = {"learning_rate": 1e-3, "max_train_steps": 80}
         runs.train(tmp_path, name, sections(model, data, tmp_path / "cache", **steps))
         share[name] = obeyed(model | {"name_or_path": str(tmp_path / name)})
+    print(family, share)  # pytest -s; the numbers of docs/methods.md
     assert share["true"] - share["base"] > 0.2, share
     assert abs(share["shuffled"] - share["base"]) < 0.15, share

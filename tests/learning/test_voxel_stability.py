@@ -129,6 +129,7 @@ def test_objects_stand_after_training_and_not_on_shuffled_labels(
         sections["objective"] = objective
         runs.train(tmp_path, name, sections)
         share[name], size[name] = stands(tmp_path / name)
+    print(share, size)  # pytest -s; the numbers of docs/methods.md
     gain = {name: value - share["base"] for name, value in share.items()}
     assert gain["dpo"] > 0.12 and gain["dso_dro"] > 0.12, share
     assert abs(gain["shuffled"]) < 0.07, share
