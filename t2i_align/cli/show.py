@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import typer
+
+PIPED = 500
 
 
 def print_json(value: Any) -> None:
@@ -24,6 +27,8 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         console.print(f"[bold]{title}[/]: none yet")
         return
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED  # a log or a pipe has no width to fold cells into
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in rows[0]:
         table.add_column(column, no_wrap=column == "name", overflow="fold", style=_style(column))

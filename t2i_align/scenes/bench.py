@@ -26,7 +26,7 @@ from t2i_align import __version__
 from t2i_align.errors import DataError, UserError
 from t2i_align.evaluate.compare import compare
 from t2i_align.recipe import Recipe, load_recipe
-from t2i_align.scenes.quickstart import JUDGES, Ledger, Phase, judged, perform
+from t2i_align.scenes.quickstart import JUDGES, Ledger, Phase, commands, judged, perform
 
 GUIDANCE = {"bundled/scenes_sd3": 4.5}  # where its gate was measured; 3 elsewhere
 
@@ -150,7 +150,7 @@ def trained(folder: Path, entry: Entry, settings: Settings, recipe: Recipe) -> l
 
 def ledger(folder: Path, planned: Sequence[Phase], recipe: Recipe) -> Ledger:
     """A run's ledger, which refuses a folder made with another recipe or command."""
-    parts = [__version__, recipe.fingerprint(), [p.command for p in planned]]
+    parts = [__version__, recipe.fingerprint(), commands(planned, folder)]
     return Ledger(folder, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
@@ -270,5 +270,5 @@ def bench(
 
 def base_ledger(folder: Path, planned: Sequence[Phase]) -> Ledger:
     """The ledger of a base's evaluation, which depends on its commands alone."""
-    parts = [__version__, [p.command for p in planned]]
+    parts = [__version__, commands(planned, folder)]
     return Ledger(folder, hashlib.sha256(json.dumps(parts).encode()).hexdigest())

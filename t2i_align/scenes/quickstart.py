@@ -84,7 +84,18 @@ def phases(out: Path, recipe: str, per_task: int, prompt_seed: int) -> list[Phas
     return [evaluate("before"), train, after, judge("before"), judge("after")]
 
 
-def fingerprint(planned: Sequence[Phase], recipe: str) -> str:
+def commands(planned: Sequence[Phase], out: Path) -> list[list[str]]:
+    """Arguments of the phases with OUT for their folder, which may be moved or named otherwise."""
+
+    def portable(text: str) -> str:
+        key, equals, value = text.rpartition("=")
+        inside = value.startswith(f"{out}/")
+        return key + equals + (value.replace(str(out), "OUT", 1) if inside else value)
+
+    return [[portable(text) for text in phase.command] for phase in planned]
+
+
+def fingerprint(planned: Sequence[Phase], out: Path, recipe: str) -> str:
     """SHA-256 of what the result depends on.
 
     Commands, recipe and version; names and contents of the files of the base model, of the recipe's
@@ -104,7 +115,7 @@ def fingerprint(planned: Sequence[Phase], recipe: str) -> str:
     parts = [
         __version__,
         read.to_dict(),
-        [p.command for p in planned],
+        commands(planned, out),
         of_folder(local_path(MODEL), ["."]),
         of_folder(judges, weights),
         data_sha256(read.data),
@@ -149,12 +160,12 @@ class Ledger:
             self.data = json.loads(self.path.read_text())
             if self.data["made_from"] != made_from:
                 raise DataError(
-                    f"{out} holds a quickstart of another version, recipe or setting, or of other "
+                    f"{out} holds results of another version, recipe or setting, or of other "
                     "bundled files",
                     "choose another --out (make quickstart OUT=FOLDER)",
                 )
         elif out.exists() and any(out.iterdir()):
-            raise DataError(f"{out} is not empty and no quickstart", "choose another --out")
+            raise DataError(f"{out} is not empty, and not of this verb", "choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -289,7 +300,7 @@ def quickstart(
 ) -> tuple[dict[str, Any], Path]:
     """Run what is missing; the summary and the path of the report."""
     planned = phases(out, recipe, per_task, prompt_seed)
-    ledger = Ledger(out, fingerprint(planned, recipe))
+    ledger = Ledger(out, fingerprint(planned, out, recipe))
     for phase in planned:
         perform(phase, ledger, console)
     summary = summarise(out, ledger)

@@ -82,13 +82,13 @@ def test_its_fingerprint_covers_the_recipes_data_and_the_judges(
     for module_of_root in (module, data_rows):
         monkeypatch.setattr(module_of_root, "find_root", lambda: tmp_path)
 
-    def found(caption: str = "a cat") -> str:
+    def found(caption: str = "a cat", out: Path = tmp_path / "out") -> str:
         pq.write_table(pa.Table.from_pylist([row | {"caption": caption}]), data)
-        planned = phases(tmp_path / "out", "scenes_dpo", **SETTINGS)
-        return fingerprint(planned, "scenes_dpo")
+        return fingerprint(phases(out, "scenes_dpo", **SETTINGS), out, "scenes_dpo")
 
     first = found()
     assert found() == first and found("a dog") != first and found() == first
+    assert found(out=Path("moved")) == first, "the same run by another path"
     weights = tmp_path / "reward_models" / "scenes_clip" / "open_clip_model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1

@@ -107,6 +107,9 @@ def test_the_table_grows_with_every_finished_run(
     assert "| scenes_dpo-s1 | scenes_sdxl | 4 | 0.500 | 0.750 | +0.250 [" in table
     again = bench(planned, settings, silent(), minutes=0)
     assert [r["run"] for r in again] == [r["run"] for r in rows], "finished runs are only read"
+    settings.out.rename(tmp_path / "moved")
+    moved = bench(planned, Settings(tmp_path / "moved", 2, 0), silent(), minutes=0)
+    assert [r["run"] for r in moved] == [r["run"] for r in rows], "also where it was moved"
 
 
 def test_minutes_of_a_run_whose_bench_was_killed_are_those_the_run_counted(
