@@ -38,13 +38,13 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.contract import Inversion, LossOutput, ScoredBatch
-from t2i_align.objectives.anchor import AnchorFields, anchored
+from t2i_align.objectives.anchor import InvertedFields, anchored
 from t2i_align.objectives.margin import implicit_rewards, pair_metrics, weighted_mean
 from t2i_align.options import Options
 from t2i_align.protocols import Needs, Stats
 
 
-class InPOOptions(AnchorFields):
+class InPOOptions(InvertedFields):
     """Options of ``objective: {type: inpo}``."""
 
     type: Literal["inpo"] = "inpo"
@@ -65,9 +65,6 @@ class InPOOptions(AnchorFields):
         ge=0,
         le=1,
         description="fresh noise after each step, in DDIM's standard deviations; 0.1 as published",
-    )
-    inversion_view: Literal["policy", "reference"] = Field(
-        default="policy", description="whose predictions invert; policy in the released code"
     )
     inversion_grid: Literal["exact", "released"] = Field(
         default="exact",

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from t2i_align.contract import Inversion, LossOutput, ScoredBatch
 from t2i_align.errors import DataError
-from t2i_align.objectives.anchor import AnchorFields, anchored
+from t2i_align.objectives.anchor import InvertedFields, anchored
 from t2i_align.objectives.margin import (
     accuracy,
     implicit_rewards,
@@ -51,7 +51,7 @@ from t2i_align.options import Options
 from t2i_align.protocols import Needs, Stats
 
 
-class SmPOOptions(AnchorFields):
+class SmPOOptions(InvertedFields):
     """Options of ``objective: {type: smpo}``."""
 
     type: Literal["smpo"] = "smpo"
@@ -67,9 +67,6 @@ class SmPOOptions(AnchorFields):
     )
     inversion_steps: int = Field(default=10, ge=1, le=100, description="10 SDXL, 5 SD1.5")
     inversion_renoise: bool = Field(default=True, description="average two predictions a step")
-    inversion_view: Literal["policy", "reference"] = Field(
-        default="policy", description="whose predictions invert; policy in the released code"
-    )
     inversion_grid: Literal["exact", "released"] = Field(default="exact", description="as inpo's")
 
     @model_validator(mode="after")
