@@ -32,8 +32,8 @@ from t2i_align.process.schedule import noised
 from t2i_align.process.seeds import derive, normals, uniform01
 
 # Pictures (2 P, 3, h, w) in [0, 1], levels (2 P,) and noise seeds (2 P,), equal for the two of a
-# pair, to what the judge sees, in [0, 1]. A trainer gives one that decodes predictions of x_0.
-Degrade = Callable[[Tensor, Tensor, Tensor], Tensor]
+# pair, and 2 P prompts, to what the judge sees, in [0, 1]; e.g. rollout.predictions.Predictions.
+Degrade = Callable[[Tensor, Tensor, Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Pairs:
         records = [self.records[place] for place, _ in at]
         sides = [record.items[i] for i in (0, 1) for record in records]
         pixels = torch.stack([picture(item.media, self.size) for item in sides]).float() / 255
+        prompts = [item.prompt for item in sides]
         level = None
         if noise is not None:
             low, span = noise.min_level, noise.max_level - noise.min_level
@@ -115,10 +116,10 @@ class Pairs:
             level = torch.tensor(drawn, dtype=torch.float32).repeat(2)
             seeds = torch.tensor([derive(self.seed, *key, "noise") for key in keys]).repeat(2)
             make = degrade if degrade is not None else pixel_noise(noise)
-            pixels = make(pixels, level, seeds)
+            pixels = make(pixels, level, seeds, prompts)
         return PairBatch(
             pixels,
-            [item.prompt for item in sides],
+            prompts,
             torch.tensor([record.preference for record in records]),
             torch.tensor([record.weight for record in records]),
             level,
@@ -128,7 +129,7 @@ class Pairs:
 def pixel_noise(options: NoiseOptions) -> Degrade:
     """Eq. (1) on the pixels themselves, in [-1, 1], clamped."""
 
-    def degrade(pixels: Tensor, level: Tensor, seeds: Tensor) -> Tensor:
+    def degrade(pixels: Tensor, level: Tensor, seeds: Tensor, _prompts: Sequence[str]) -> Tensor:
         alpha, sigma = 1 - level, level
         if options.process == "variance_preserving":
             alpha, sigma = (0.5 * math.pi * level).cos(), (0.5 * math.pi * level).sin()

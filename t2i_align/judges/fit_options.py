@@ -56,11 +56,18 @@ class NoiseOptions(Options):
     """Noise on the pictures of a pair, the same on both; a level is 0 for none, 1 for only noise.
 
     With x in [-1, 1], rectified is (1 - l) x + l eps and variance_preserving is cos(pi l / 2) x +
-    sin(pi l / 2) eps, clamped.
+    sin(pi l / 2) eps, clamped. predicted: a generator's decoded prediction of the clean picture
+    from its noisy latent, which is what SPO's sampler shows the judge (rollout/predictions.py).
     """
 
-    process: Literal["rectified", "variance_preserving"] = Field(
-        "rectified", description="how picture and noise are mixed"
+    process: Literal["rectified", "variance_preserving", "predicted"] = Field(
+        "rectified", description="how picture and noise are mixed, or what a generator makes of it"
+    )
+    model: str | None = Field(
+        None, description="predicted: a diffusers pipeline, a folder, hub id or bundled/NAME"
+    )
+    guidance_scale: float = Field(
+        5.0, ge=1, description="predicted: of the prediction; 5 as published, 1 for none"
     )
     min_level: float = Field(0.0, ge=0, lt=1, description="lowest level, drawn uniformly")
     max_level: float = Field(1.0, gt=0, le=1, description="highest level")
@@ -69,6 +76,8 @@ class NoiseOptions(Options):
     def _ordered(self) -> NoiseOptions:
         if self.min_level >= self.max_level:
             raise ValueError("min_level must be under max_level")
+        if (self.process == "predicted") != (self.model is not None):
+            raise ValueError("process: predicted and model: NAME belong together")
         return self
 
 

@@ -77,8 +77,8 @@ def fit_judge(
         recipe: validated.
         console: for lines.
         device: where the judge is trained.
-        degrade: what makes the noisy pictures of a judge that is told the level, for example a
-            generator's decoded predictions of x_0; None mixes noise into the pixels.
+        degrade: what makes the noisy pictures of a judge that is told the level; None: what
+            ``noise.process`` says.
         stop: asked after every step.
 
     Returns:
@@ -105,6 +105,11 @@ def _fit(
 ) -> dict[str, Any]:
     """The work of :func:`fit_judge` in a folder that is its own."""
     pairs, held = datasets(recipe, console)
+    if degrade is None and recipe.noise is not None and recipe.noise.process == "predicted":
+        from t2i_align.rollout.predictions import Predictions
+
+        half = recipe.fit.mixed_precision == "bf16"
+        degrade = Predictions(recipe.noise, device, half=half)
     run = Fit(recipe, pairs, torch.device(device), degrade)
     some = Pairs(pairs.records[:MEASURED], recipe.size, recipe.seed)
     measured = lambda: {"train": run.accuracy(some), "held_out": run.accuracy(held)}  # noqa: E731

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,10 @@ def test_what_a_generator_makes_of_noise_can_be_given(place: Path) -> None:
     """Both pictures of a pair get one level and one seed; what comes back is what is judged."""
     seen = []
 
-    def degrade(pixels: torch.Tensor, level: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    def degrade(
+        pixels: torch.Tensor, level: torch.Tensor, seeds: torch.Tensor, prompts: Sequence[str]
+    ) -> torch.Tensor:
+        assert len(prompts) == len(pixels) and all("photo" in p for p in prompts)
         seen.append((level, seeds))
         return pixels.mean((2, 3), keepdim=True).expand_as(pixels)
 

@@ -103,7 +103,7 @@ def test_pixel_noise_is_the_process(process: str) -> None:
     """Of grey pictures only the noise is left, with the standard deviation of the process."""
     level = torch.tensor([0.0, 0.1])
     x = torch.full((2, 3, 64, 64), 0.5)
-    found = pixel_noise(noise(process=process))(x, level, torch.tensor([1, 2]))
+    found = pixel_noise(noise(process=process))(x, level, torch.tensor([1, 2]), ["p", "p"])
     assert torch.equal(found[0], x[0])
     sigma = 0.1 if process == "rectified" else math.sin(0.05 * math.pi)
     assert (2 * found[1] - 1).std().item() == pytest.approx(sigma, rel=0.03)
