@@ -112,10 +112,10 @@ def _objective_fits_generator(recipe: Recipe) -> Found:
     if generator.kind == "elbo" and recipe.needs.feed == "trajectory":
         own.add("transition")  # a denoiser's own trajectories have Gaussian steps
     if not own & known:
-        kinds = ", ".join(sorted(known))
+        kinds, why = ", ".join(sorted(known)), recipe.needs.only
         yield Problem(
             "objective.type",
-            f"works on {kinds} likelihoods; {generator.__name__} has {generator.kind}",
+            f"works on {kinds} likelihoods; {generator.__name__} has {generator.kind}; {why}",
             fix="choose another objective: t2i-align ls objectives",
         )
 

@@ -66,6 +66,7 @@ class Needs:
 
     Args:
         kinds: likelihood kinds it is defined for.
+        only: why no others; told where one is refused.
         views: views to score; ``policy`` always, with gradients.
         layout: what a record must hold.
         coupling: what the items of a record share by default.
@@ -89,6 +90,7 @@ class Needs:
     cacheable_reference: bool = True
     bounded_below: bool = True
     feed: Literal["stored", "trajectory", "replay"] = "stored"
+    only: str = ""
 
     @property
     def online(self) -> bool:

@@ -43,7 +43,12 @@ class ASFT:
     """Aligned supervised fine-tuning on tokens, Eq. (1) of the module."""
 
     Options: ClassVar[type[Options]] = ASFTOptions
-    needs = Needs(kinds=frozenset({"token"}), views=frozenset({"policy"}), coupling="none")
+    needs = Needs(
+        kinds=frozenset({"token"}),
+        only="it wants exact probabilities of a whole sequence; other kinds know a bound",
+        views=frozenset({"policy"}),
+        coupling="none",
+    )
     citation: ClassVar[str] = """@article{wang2024asft,
   title={{ASFT}: Aligned Supervised Fine-Tuning through Absolute Likelihood},
   author={Wang, Ruoyu and Sun, Jiachen and Hua, Shaowei and Fang, Quan},

@@ -43,6 +43,7 @@ class D3PO:
     Options: ClassVar[type[Options]] = D3POOptions
     needs = Needs(
         kinds=frozenset({"transition"}),
+        only="its ratios are of steps of the policy's own trajectories",
         coupling="none",
         cacheable_reference=False,
         feed="trajectory",

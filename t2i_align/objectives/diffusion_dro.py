@@ -53,6 +53,7 @@ class DiffusionDRO:
     Options: ClassVar[type[Options]] = DiffusionDROOptions
     needs = Needs(
         kinds=frozenset({"elbo"}),
+        only="its margin is of denoising errors on the policy's own noise",
         layout="winners",
         coupling="none",
         cacheable_reference=False,

@@ -122,8 +122,8 @@ class DPO:
         per_pair = per_pair * extra.get("weights/pair", 1.0)
         per_pair = anchored(per_pair, batch, o.sft_weight)  # (4)
         with torch.no_grad():
-            extra |= {key: value.float().expand_as(p) for key, value in state.items()}
-            metrics = pair_metrics(batch, rho, m.u) | extra
+            extra |= {key: value.expand_as(p) for key, value in state.items()}
+            metrics = pair_metrics(batch, rho, m.u) | {k: v.float() for k, v in extra.items()}
         return LossOutput(weighted_mean(per_pair, batch.weight), per_pair, metrics, state)
 
     def _modpo(self, rho: Tensor, batch: ScoredBatch) -> Tensor:

@@ -58,7 +58,11 @@ class DPOSafeguard:
     """Diffusion-SDPO: DPO with the loser's gradient scaled by Eq. (1)."""
 
     Options: ClassVar[type[Options]] = DPOSafeguardOptions
-    needs = Needs(kinds=frozenset({"elbo"}), want=frozenset({"pred", "target"}))
+    needs = Needs(
+        kinds=frozenset({"elbo"}),
+        only="it scales gradients at the denoiser's prediction",
+        want=frozenset({"pred", "target"}),
+    )
     citation: ClassVar[str] = """@article{fu2025diffusionsdpo,
   title={Diffusion-{SDPO}: Safeguarded Direct Preference Optimization for Diffusion Models},
   author={Fu, Minghao and Wang, Guo-Hua and Cui, Tianyu and Chen, Qing-Guo and Xu, Zhao

@@ -57,6 +57,7 @@ class DSODRO:
     Options: ClassVar[type[Options]] = DSODROOptions
     needs = Needs(
         kinds=frozenset({"elbo"}),
+        only="Eq. (1) is of denoising errors; log-probabilities would fall without a bound",
         views=frozenset({"policy"}),
         coupling="time",
         bounded_below=False,

@@ -66,7 +66,10 @@ class DSPO:
 
     Options: ClassVar[type[Options]] = DSPOOptions
     needs = Needs(
-        kinds=frozenset({"elbo"}), want=frozenset({"pred", "target"}), cacheable_reference=False
+        kinds=frozenset({"elbo"}),
+        only="it matches the scores that a denoiser predicts",
+        want=frozenset({"pred", "target"}),
+        cacheable_reference=False,
     )
     citation: ClassVar[str] = """@inproceedings{zhu2025dspo,
   title={{DSPO}: Direct Score Preference Optimization for Diffusion Model Alignment},

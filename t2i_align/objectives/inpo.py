@@ -77,7 +77,12 @@ class InPO:
     """DDIM-InPO, Eq. (3) and (4) of the module on inverted events."""
 
     Options: ClassVar[type[Options]] = InPOOptions
-    needs = Needs(kinds=frozenset({"elbo"}), coupling="time", cacheable_reference=False)
+    needs = Needs(
+        kinds=frozenset({"elbo"}),
+        only="its events come from inverting a denoiser's sampler",
+        coupling="time",
+        cacheable_reference=False,
+    )
     citation: ClassVar[str] = """@inproceedings{lu2025inpo,
   title={{InPO}: Inversion Preference Optimization with Reparametrized {DDIM} for Efficient
          Diffusion Model Alignment},

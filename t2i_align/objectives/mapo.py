@@ -78,7 +78,11 @@ class MaPO:
     """MaPO, Eq. (2) or (3) of the module; needs no reference."""
 
     Options: ClassVar[type[Options]] = MaPOOptions
-    needs = Needs(kinds=frozenset({"elbo"}), views=frozenset({"policy"}))
+    needs = Needs(
+        kinds=frozenset({"elbo"}),
+        only="phi of Eq. (2) is a function of denoising errors",
+        views=frozenset({"policy"}),
+    )
     citation: ClassVar[str] = """@article{hong2024marginaware,
   title={Margin-aware Preference Optimization for Aligning Diffusion Models without Reference},
   author={Hong, Jiwoo and Paul, Sayak and Lee, Noah and Rasul, Kashif and Thorne, James

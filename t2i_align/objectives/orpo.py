@@ -39,7 +39,12 @@ class ORPO:
     """Odds ratio preference optimisation on tokens, Eq. (1) and (2) of the module."""
 
     Options: ClassVar[type[Options]] = ORPOOptions
-    needs = Needs(kinds=frozenset({"token"}), views=frozenset({"policy"}), coupling="none")
+    needs = Needs(
+        kinds=frozenset({"token"}),
+        only="it wants exact probabilities of a whole sequence; other kinds know a bound",
+        views=frozenset({"policy"}),
+        coupling="none",
+    )
     citation: ClassVar[str] = """@inproceedings{hong2024orpo,
   title={{ORPO}: Monolithic Preference Optimization without Reference Model},
   author={Hong, Jiwoo and Lee, Noah and Thorne, James},

@@ -59,6 +59,7 @@ class RWL:
     Options: ClassVar[type[Options]] = RWLOptions
     needs = Needs(
         kinds=frozenset({"elbo", "token", "masked"}),
+        only="stored media have no trajectories",
         views=frozenset({"policy"}),
         layout="items",
         coupling="none",

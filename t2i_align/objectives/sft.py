@@ -34,6 +34,7 @@ class SFT:
     Options: ClassVar[type[Options]] = SFTOptions
     needs = Needs(
         kinds=frozenset({"elbo", "token", "masked"}),
+        only="stored media have no trajectories",
         views=frozenset({"policy"}),
         layout="winners",
         coupling="none",

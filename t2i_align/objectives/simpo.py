@@ -38,7 +38,12 @@ class SimPO:
     """Simple preference optimisation on tokens, Eq. (1) and (2) of the module."""
 
     Options: ClassVar[type[Options]] = SimPOOptions
-    needs = Needs(kinds=frozenset({"token"}), views=frozenset({"policy"}), coupling="none")
+    needs = Needs(
+        kinds=frozenset({"token"}),
+        only="it wants exact probabilities of a whole sequence; other kinds know a bound",
+        views=frozenset({"policy"}),
+        coupling="none",
+    )
     citation: ClassVar[str] = """@inproceedings{meng2024simpo,
   title={{SimPO}: Simple Preference Optimization with a Reference-Free Reward},
   author={Meng, Yu and Xia, Mengzhou and Chen, Danqi},

@@ -40,6 +40,7 @@ from torch import Tensor
 from t2i_align.contract import Inversion, LossOutput, ScoredBatch
 from t2i_align.errors import DataError
 from t2i_align.objectives.anchor import InvertedFields, anchored
+from t2i_align.objectives.inpo import InPO
 from t2i_align.objectives.margin import (
     accuracy,
     implicit_rewards,
@@ -48,7 +49,7 @@ from t2i_align.objectives.margin import (
     weighted_mean,
 )
 from t2i_align.options import Options
-from t2i_align.protocols import Needs, Stats
+from t2i_align.protocols import Stats
 
 
 class SmPOOptions(InvertedFields):
@@ -80,7 +81,7 @@ class SmPO:
     """SmPO-Diffusion, Eq. (1) to (4) of the module on inverted events."""
 
     Options: ClassVar[type[Options]] = SmPOOptions
-    needs = Needs(frozenset({"elbo"}), coupling="time", values=True, cacheable_reference=False)
+    needs = replace(InPO.needs, values=True)
     citation: ClassVar[str] = """@inproceedings{lu2025smpo,
   title={Smoothed Preference Optimization via {ReNoise} Inversion for Aligning Diffusion Models
          with Varied Human Preferences},

@@ -83,6 +83,7 @@ class SPO:
     Options: ClassVar[type[Options]] = SPOOptions
     needs = Needs(
         kinds=frozenset({"transition"}),
+        only="its ratios are of steps of the policy's own trajectories",
         coupling="none",
         cacheable_reference=False,
         feed="trajectory",

@@ -232,11 +232,12 @@ def test_wrong_columns_are_seen_before_training(tmp_path: Path) -> None:
 def test_objective_and_generator_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from t2i_align.objectives.dpo import DPO
 
-    narrow = replace(DPO.needs, kinds=frozenset({"token", "masked"}))
+    narrow = replace(DPO.needs, kinds=frozenset({"token", "masked"}), only="it counts")
     monkeypatch.setattr(DPO, "needs", narrow)
     assert broken(write_recipe(tmp_path)) == [
         f"{tmp_path}/r.yaml:9: objective.type: works on masked, token likelihoods; "
-        "DiffusersGenerator has elbo\n    choose another objective: t2i-align ls objectives"
+        "DiffusersGenerator has elbo; it counts\n"
+        "    choose another objective: t2i-align ls objectives"
     ]
 
 
