@@ -63,6 +63,27 @@ LINK_OPTIONS: dict[str, dict[str, Any]] = {
     "nca": {"beta": WIDE},
     "sppo": {"beta": WIDE},
 }
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {  # what is not an objective's or a link's default
+    "dpo f_dpo forward_kl": ("dpo", {"link": {"type": "f_dpo", "divergence": "forward_kl"}}),
+    "dpo f_dpo js": ("dpo", {"link": {"type": "f_dpo", "divergence": "js"}}),
+    "dpo f_dpo alpha": ("dpo", {"link": {"type": "f_dpo", "divergence": "alpha"}}),
+    "dpo aot unpaired": ("dpo", {"link": {"type": "aot", "pairing": "unpaired"}}),
+    "dpo smpo": ("dpo", {"weight": {"type": "smpo", "gamma": 2.0}}),
+    "dpo madpo": ("dpo", {"weight": {"type": "madpo", "threshold": 1.0, "width": 1.0}}),
+    "dpo noise_em": ("dpo", {"weight": "noise_em"}),
+    "dpo modpo": ("dpo", {"modpo_weight": 0.7}),
+    "dpop anchored": ("dpop", {"sft_weight": 0.5}),
+    "dso_dro anchored": ("dso_dro", {"sft_weight": 0.5}),
+    "dso_dro signed": ("dso_dro", {"form": "signed"}),
+    "dspo sdxl": ("dspo", {"form": "sdxl", "beta": BETA}),
+    "kto loss_averse": ("kto", {"halo": "loss_averse"}),
+    # without a floor: in 50 steps both runs leave the data, the one with labels to the right
+    "kto risk_seeking": ("kto", {"halo": "risk_seeking", "beta": WIDE}),
+    "mapo paper": ("mapo", {"form": "paper", "exponent": 8.0}),
+    "npo items": ("npo", {"layout": "items"}),
+    "capo all": ("capo", {"pairs": "all"}),
+    "rwl raw": ("rwl", {"weighting": "raw"}),
+}
 STEPS, PAIRS = 50, 64
 
 
@@ -226,20 +247,35 @@ def test_the_base_is_an_even_mixture(base: Path) -> None:
     assert abs(right_share(flow, "p") - 0.5) < 0.08
 
 
-ANCHORED = {  # losses that hold the winner too; and the same without what is theirs
-    "mapo": ("mapo", {"beta": 1e-9}),
-    "apo_down": ("dpo", {"beta": 1e-9}),
+# losses that hold the winner too; and the same without what is theirs
+ANCHORED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "mapo": ("mapo", OPTIONS["mapo"], "mapo", OPTIONS["mapo"] | {"beta": 1e-9}),
+    "apo_down": (
+        "dpo",
+        {"beta": BETA, "link": "apo_down", "sft_weight": 2.0},
+        "dpo",
+        {"beta": 1e-9, "link": "apo_down", "sft_weight": 2.0},
+    ),
+    "dpop": (  # the default penalty of 50 pulls a fallen winner 51 times as hard as its loser
+        "dpop",
+        {"beta": WIDE, "penalty": 1.0, "sft_weight": 0.05},
+        "dpop",
+        {"beta": 1e-9, "sft_weight": 0.05},
+    ),
+    "dso_dro": ("dso_dro", {"sft_weight": 0.5}, "dpo", {"beta": 1e-9, "sft_weight": 0.5}),
 }
 
 
 @pytest.mark.parametrize("name", ANCHORED)
 def test_what_it_adds_to_its_anchor_learns(base: Path, tmp_path: Path, name: str) -> None:
-    """Winners are the even mixture, so only losers, all on the left, can teach anything."""
-    objective, without = ANCHORED[name]
-    options = options_of(name) if name in OBJECTIVES else {"beta": BETA, "link": name}
-    options |= LINK_OPTIONS.get(name, {})
+    """Winners are the even mixture, so only losers, all on the left, can teach anything.
+
+    ``mapo`` of form paper has no such test: its margin's gradient is phi^(k - 1) |phi'| sigmoid(-D)
+    of an error, at most 1/4 of the anchor's whatever k, so it learns from winners.
+    """
+    whole, options, anchor, of_anchor = ANCHORED[name]
     gain = {}
-    for part, given in (("whole", options), ("anchor", options | without)):
+    for part, objective in (("whole", build(whole, options)), ("anchor", build(anchor, of_anchor))):
         flow = VoxelFlow(VoxelFlowOptions(name_or_path=str(base)))
         flow.load_module(0, reference=False)
         before = right_share(flow, "p")
@@ -250,7 +286,7 @@ def test_what_it_adds_to_its_anchor_learns(base: Path, tmp_path: Path, name: str
             rows.append({"id": str(i), "prompt": "p"} | pair)
         file = runs.write_jsonl(tmp_path / f"{part}.jsonl", rows)
         cached = prepare(read("trl", file, "voxels"), flow, "pairs", cache(tmp_path))
-        train(flow, build(objective, given), cached)
+        train(flow, objective, cached)
         gain[part] = right_share(flow, "p") - before
     assert gain["whole"] > gain["anchor"] + 0.08, gain
 
@@ -264,6 +300,13 @@ def test_it_learns_from_labels_and_not_from_coins(base: Path, tmp_path: Path, na
 @pytest.mark.parametrize("link", LINKS)
 def test_every_link_learns(base: Path, tmp_path: Path, link: str) -> None:
     gain = gains(base, tmp_path, "dpo", {"beta": BETA, "link": link} | LINK_OPTIONS.get(link, {}))
+    assert learned(gain), gain
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_other_form_learns(base: Path, tmp_path: Path, form: str) -> None:
+    name, options = FORMS[form]
+    gain = gains(base, tmp_path, name, options_of(name) | options)
     assert learned(gain), gain
 
 

@@ -105,6 +105,20 @@ def test_policy_equal_to_reference_costs_ln_2(name: str) -> None:
     assert losses(name, zero, zero, LocalStats()).tolist() == pytest.approx([math.log(2)] * 2)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "gap"),
+    [("reverse_kl", 0.3), ("forward_kl", 0.1572016956), ("js", 0.1029763182)],
+)
+def test_gap_that_a_divergence_makes_of_the_rewards(divergence: str, gap: float) -> None:
+    """The logit inside at rewards .8 and .5, from loss = log(1 + e^-gap).
+
+    js: log s(.8) - log s(.5); forward KL: e^-.5 - e^-.8.
+    """
+    variant = {"type": "f_dpo", "divergence": divergence, "inside": "reward"}
+    got = losses(variant, f64(0.8), f64(0.5), LocalStats()).item()
+    assert -math.log(math.expm1(got)) == pytest.approx(gap, abs=1e-9)
+
+
 def test_values_at_zero_of_the_others() -> None:
     """At u_w = u_l = 0.
 

@@ -121,6 +121,24 @@ def test_v1c_through_predictions_with_gradient() -> None:
     assert gap == pytest.approx((0.0075 - 0.0225, 0.03 - 0.025), abs=1e-6)
 
 
+@pytest.mark.parametrize("beta", [100.0, 800.0])
+def test_v1c_sum_form_is_eight_times_the_beta(beta: float) -> None:
+    """Sums over 4 elements without 1/2 at beta 100: u = -100 (.03 - .12 - .09 + .10) = 8.
+
+    Ours is 2 x 4 times smaller, so the sum form's beta is ours / (2 D): 800 here, loss 3.354e-4.
+    """
+    m, r = (
+        torch.stack([(p - E_).square().mean() for p in preds])
+        for preds in ((PRED_W, PRED_L), (REF_W, REF_L))
+    )
+    out = run(m, r, beta)
+    sums = 4 * torch.cat([m, r])
+    theirs = -100.0 * ((sums[0] - sums[1]) - (sums[2] - sums[3])).item()
+    assert theirs == pytest.approx(8.0, abs=1e-12)
+    assert out.metrics["logits/std"].item() == pytest.approx(theirs * beta / 800, abs=1e-6)
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-beta / 100)), abs=1e-12)
+
+
 def test_v1d_policy_equals_reference_is_ln2_with_gradient() -> None:
     m = f64(0.3, 0.4).requires_grad_()
     out = run(m, m.detach(), 5000.0)
@@ -150,6 +168,63 @@ def test_flow_vector_8_7() -> None:
     got_x0, got_eps = to_x0_eps("velocity", policy, x_t, alpha, sigma)
     assert (got_eps[0] - eps[0]).square().mean().item() == pytest.approx(0.0016, abs=1e-7)
     assert (got_x0[0] - x_0[0]).square().mean().item() == pytest.approx(0.0036, abs=1e-7)
+
+
+def test_v_prediction_identity_of_8_7() -> None:
+    """abar = .6, error of v [.1, -.2]: error of eps = sqrt(abar) of it, so .6 x .025 = .015."""
+    x_0, eps = f64(1.0, -1.0)[None], f64(0.2, 0.4)[None]
+    alpha, sigma = f64(0.6).sqrt(), f64(0.4).sqrt()
+    x_t = alpha * x_0 + sigma * eps
+    off = f64(0.1, -0.2)[None]
+    v = target("v_prediction", x_0, eps, alpha, sigma) + off
+    got = to_x0_eps("v_prediction", v, x_t, alpha, sigma)[1]
+    assert off.square().mean().item() == pytest.approx(0.025, abs=1e-15)
+    assert (got - eps).square().mean().item() == pytest.approx(0.015, abs=1e-12)
+
+
+def weighed(weight: Tensor | None) -> tuple[Score, Score, Tensor]:
+    """Scores of V1.c's tensors, two draws an item: its own, and one off by .1 everywhere more."""
+    noise = torch.stack([E_, E_]).float()
+    target_ = torch.stack([noise, noise], 1)
+    event = Event(
+        "elbo", {}, torch.ones(2, 2).bool(), x_t=target_, time=torch.zeros(2, 2), target=target_,
+        weight=weight,
+    )  # fmt: skip
+    first = torch.stack([PRED_W, PRED_L]).float()
+    preds = torch.stack([first, noise - 0.1], 1).flatten(0, 1).requires_grad_()
+    known = torch.stack([REF_W, REF_L]).float()
+    refs = torch.stack([known, noise + 0.2], 1).flatten(0, 1)
+    policy, reference = (elbo_score(p, event, frozenset()) for p in (preds, refs))
+    return policy, reference, preds
+
+
+def test_unit_weights_of_an_event_by_hand() -> None:
+    """logp = -w error / 2 for each draw; an item is the mean over its draws.
+
+    Errors .0075 .01 | .03 .01 and references .0225 .04 | .025 .04, weights 2 0 | 3 .5:
+    twice the log-ratios are (2 x .015 + 0) / 2 = .015 and (-3 x .005 + .5 x .03) / 2 = 0. At beta
+    100, u = 50 x .015 = .75. dL/dpred of a draw = (beta/2) s(-u) (w / 2 draws) (2/4) (pred - e).
+    """
+    weight = torch.tensor([[2.0, 0.0], [3.0, 0.5]])
+    policy, reference, preds = weighed(weight)
+    errors = torch.tensor([[0.0075, 0.01], [0.03, 0.01]])
+    assert policy.error is not None
+    torch.testing.assert_close(policy.error, errors)  # what is measured has no weight in it
+    torch.testing.assert_close(policy.logp, -0.5 * weight * errors)
+    batch = ScoredBatch(
+        {"policy": policy, "reference": reference},
+        torch.tensor([0]),
+        torch.tensor([1]),
+        torch.ones(1),
+    )
+    out = DPO(DPOOptions(beta=100.0))(batch, {}, LocalStats())
+    (gradient,) = torch.autograd.grad(out.loss, preds)
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-0.75)), abs=1e-6)
+    pull = 50 / (1 + math.exp(0.75)) * torch.tensor([1.0, 1.0, -1.0, -1.0]) * weight.flatten() / 4
+    noise = E_.float().expand(4, 1, 2, 2).reshape(preds.shape)
+    torch.testing.assert_close(gradient, pull.view(4, 1, 1, 1) * (preds.detach() - noise))
+    alike = weighed(torch.full((2, 2), 3.0))[0].logp
+    torch.testing.assert_close(alike, 3 * weighed(None)[0].logp)
 
 
 def test_kept_tie_and_label_smoothing_are_cdpo() -> None:

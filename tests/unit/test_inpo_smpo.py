@@ -78,6 +78,22 @@ def test_v4a_weight_of_a_pair(better: float, worse: float, p: float, weight: flo
     assert out.loss.item() == pytest.approx(math.log1p(math.exp(-u)), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("better", "worse", "effective"),
+    [
+        (0.2150, 0.2080, 420.16),
+        (0.2300, 0.2000, 1796.08),
+        (0.28201571106910706, 0.11543526500463486, 9242.34),
+    ],
+)
+def test_v4a_effective_beta(better: float, worse: float, effective: float) -> None:
+    """At the reference dL/dm_w = (beta g / 2) sigmoid(0), the start of DPO with beta g."""
+    m = M.clone().requires_grad_()
+    out = loss(SmPO(SmPOOptions(beta=2000.0)), scored(m, M, f64(better, worse)))
+    (gradient,) = torch.autograd.grad(out.loss, m)
+    assert (4 * gradient).tolist() == pytest.approx([effective, -effective], abs=5e-3)
+
+
 def test_v4b_loss() -> None:
     out = loss(SmPO(SmPOOptions(beta=2000.0)), scored(M, R, f64(0.2150, 0.2080)))
     assert out.metrics["logits/std"].item() == pytest.approx(0.0630233345, abs=1e-8)

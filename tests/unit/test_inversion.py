@@ -60,6 +60,7 @@ def inverted(x_0: Tensor, tau: list[int], how: Inversion) -> Tensor:
 
 def test_schedule_of_the_vectors() -> None:
     want = {0: 0.99915, 1: 0.99829603, 101: 0.89298054, 250: 0.67379263, 999: 0.00466010}
+    want |= {201: 0.75214340, 301: 0.58881870, 401: 0.42288152, 501: 0.27499907}
     for t, abar in want.items():
         assert SD.alphas_cumprod[t].item() == pytest.approx(abar, abs=5e-9)
 

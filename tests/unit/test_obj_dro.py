@@ -1,16 +1,22 @@
 """The two methods called DRO: DSO's m_w - m_l (V4), and Richemond's value regression.
 
-V4 (rectified flow): x0_w=[1,0,-1,.5], x0_l=[0,.5,1,-.5], e_w=[.2,-.4,.6,.1], e_l=[-.3,.7,.1,.9],
-the network is .9 x - .1.
+V3 and V4 (rectified flow): x0_w=[1,0,-1,.5], x0_l=[0,.5,1,-.5], e_w=[.2,-.4,.6,.1],
+e_l=[-.3,.7,.1,.9], the network is .9 x - .1 and V3's reference .8 x. V3 is DSO's other loss,
+``dpo`` on these errors: at t = .25, z = -(beta/2) [(1.878425 - 1.242828125) - (1.7552 - 1.184)] =
+-.0321984375 beta, L = log(1 + e^-z), dL/dm_w = (beta/2) sigmoid(-z) = -dL/dm_l.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from t2i_align.contract import Event
 from t2i_align.process.convert import target
+from t2i_align.process.elbo import elbo_score
 from t2i_align.process.schedule import noised
 from tests.objective_batches import Exact, batch, elbo, f64, objective, on_ranks, token
 
@@ -18,12 +24,64 @@ X_0 = torch.tensor([[1, 0, -1, 0.5], [0, 0.5, 1, -0.5]], dtype=torch.float64)
 EPS = torch.tensor([[0.2, -0.4, 0.6, 0.1], [-0.3, 0.7, 0.1, 0.9]], dtype=torch.float64)
 
 
-def flow_errors(t: float) -> Tensor:
-    """Errors of V4's network through the suite's own process."""
+def flow_states(t: float) -> tuple[Tensor, Tensor]:
+    """The two noised samples and what a network should say of them, ``(2, 4)`` each."""
     sigma = torch.full((2,), t, dtype=torch.float64)
-    x_t = noised(X_0, EPS, 1 - sigma, sigma)
     v = target("velocity", X_0, EPS, 1 - sigma, sigma)
-    return (0.9 * x_t - 0.1 - v).square().mean(1)
+    return noised(X_0, EPS, 1 - sigma, sigma), v
+
+
+def flow_errors(t: float, scale: float = 0.9, shift: float = -0.1) -> Tensor:
+    """Errors of a network ``scale x + shift`` through the suite's own process."""
+    x_t, v = flow_states(t)
+    return (scale * x_t + shift - v).square().mean(1)
+
+
+V3 = [  # t, errors of the policy, of the reference, beta, z, loss
+    (0.25, (1.878425, 1.242828125), (1.7552, 1.184), 500.0, -16.09921875, 16.0992188519057),
+    (0.25, (1.878425, 1.242828125), (1.7552, 1.184), 1.0, -0.0321984375, 0.7093759861344472),
+    (0.8, (0.839717, 0.52019), (0.848448, 0.54996), 500.0, -5.25975, 5.264933147958158),
+    (0.8, (0.839717, 0.52019), (0.848448, 0.54996), 1.0, -0.0105195, 0.6984207629811978),
+]
+Pair = tuple[float, float]
+
+
+@pytest.mark.parametrize(("t", "policy", "reference", "beta", "z", "loss"), V3)
+def test_v3_dso_dpo(
+    t: float, policy: Pair, reference: Pair, beta: float, z: float, loss: float
+) -> None:
+    m, r = flow_errors(t).requires_grad_(), flow_errors(t, 0.8, 0.0)
+    assert m.tolist() == pytest.approx(policy, abs=1e-12)
+    assert r.tolist() == pytest.approx(reference, abs=1e-12)
+    out = objective("dpo", beta=beta)(batch(elbo(m), elbo(r), num_pairs=1), {}, Exact())
+    (gradient,) = torch.autograd.grad(out.loss, m)
+    pull = beta / 2 / (1 + math.exp(z))
+    assert out.metrics["logits/std"].item() == pytest.approx(z, rel=1e-6)
+    assert out.loss.item() == pytest.approx(loss, abs=1e-12)
+    assert gradient.tolist() == pytest.approx([pull, -pull], rel=1e-9)
+
+
+@pytest.mark.parametrize(("t", "policy", "reference", "beta", "z", "loss"), V3)
+def test_v3_through_scores_of_an_event(
+    t: float, policy: Pair, reference: Pair, beta: float, z: float, loss: float
+) -> None:
+    """The suite's score of predictions: v is e - x_0 and errors are means over the 4 elements.
+
+    dL/dpred_w = (beta/2) sigmoid(-z) (2/4) (pred_w - v_w), the loser's with the other sign.
+    """
+    x_t, v = (x.float()[:, None] for x in flow_states(t))
+    torch.testing.assert_close(v[:, 0], (EPS - X_0).float())
+    ones = torch.ones(2, 1)
+    event = Event("elbo", {}, ones.bool(), x_t=x_t, time=1000 * t * ones, target=v)
+    pred = (0.9 * x_t - 0.1)[:, 0].requires_grad_()
+    scores = [elbo_score(p, event, frozenset()) for p in (pred, 0.8 * x_t[:, 0])]
+    for score, known in zip(scores, (policy, reference), strict=True):
+        assert score.error_per_item().tolist() == pytest.approx(known, abs=1e-6)
+    out = objective("dpo", beta=beta)(batch(*scores, num_pairs=1), {}, Exact())
+    (gradient,) = torch.autograd.grad(out.loss, pred)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+    pull = beta / 4 / (1 + math.exp(z)) * torch.tensor([[1.0], [-1.0]])
+    torch.testing.assert_close(gradient, pull * (pred.detach() - v[:, 0]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,35 @@ from t2i_align.generators.adapters import LoraOptions
 from t2i_align.generators.token_lm import TokenLM, TokenLMOptions
 from tests.tiny import llama_folder
 
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "GPTNeoXForCausalLM")
 ZERO = torch.zeros(64, dtype=torch.int64)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama_folder(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny language models of several architectures, over bytes, START, END and 32 codes.
+
+    Qwen2 has biases in attention, fewer key heads than heads and its input embedding for output;
+    GPT-NeoX has one matrix for queries, keys and values, rotates a quarter of them and calls its
+    output ``embed_out``. Weights are ten times the usual, for logits of the size of 1.
+    """
+    import transformers
+
+    name, folder = request.param, tmp_path_factory.mktemp("family")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    own = {"num_key_value_heads": 1, "tie_word_embeddings": True} if name[:4] == "Qwen" else {}
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(
+        vocab_size=290, num_attention_heads=2, max_position_embeddings=256, bos_token_id=None,
+        eos_token_id=257, pad_token_id=0, initializer_range=0.2, **sizes, **own,
+    )  # fmt: skip
+    torch.manual_seed(11)
+    getattr(transformers, name)(config).save_pretrained(folder)
+    return folder
 
 
 def model(folder: Path, num_codes: int = 32, lora: LoraOptions | None = None) -> TokenLM:
@@ -39,9 +62,9 @@ def draw(g: TokenLM, codes: list[list[int]], prompts: list[str]) -> tuple[Sample
     return sample, g.draw(sample, DrawSpec(), seeds)
 
 
-def test_literal_log_probabilities_with_padding(folder: Path) -> None:
+def test_literal_log_probabilities_with_padding(family: Path) -> None:
     """Items of different lengths in one batch equal each item alone, one logit at a time."""
-    g = model(folder)
+    g = model(family)
     codes, prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], ["hi", "a longer prompt", ""]
     _, event = draw(g, codes, prompts)
     with torch.no_grad():
@@ -57,12 +80,13 @@ def test_literal_log_probabilities_with_padding(folder: Path) -> None:
         assert score.per_item()[b].item() == pytest.approx(sum(want), abs=1e-4)
 
 
-def test_probabilities_of_all_sequences_sum_to_one(folder: Path) -> None:
+def test_probabilities_of_all_sequences_sum_to_one(family: Path) -> None:
     """Over allowed ids, sequences that end within three codes plus those still running are every
     outcome, so their probabilities sum to 1. A shift by one fails.
     """
-    g = model(folder, num_codes=2)
+    g = model(family, num_codes=2)
     net = g.module
+    assert type(net).__name__ in ARCHITECTURES
     allowed = torch.tensor([257, 258, 259])
 
     def hook(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
@@ -70,7 +94,8 @@ def test_probabilities_of_all_sequences_sum_to_one(folder: Path) -> None:
         masked[..., allowed] = out[..., allowed]
         return masked
 
-    handle = net.lm_head.register_forward_hook(hook)  # type: ignore[union-attr, operator]
+    output: torch.nn.Module = net.get_output_embeddings()  # type: ignore[operator]
+    handle = output.register_forward_hook(hook)
     sequences = [list(s) for n in (1, 2, 3) for s in itertools.product([0, 1], repeat=n)]
     _, event = draw(g, sequences, ["x"] * len(sequences))
     with torch.no_grad():
