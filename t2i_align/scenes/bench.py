@@ -184,7 +184,8 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for r in rows:
         d, g = r["difference"], r["graded"]
-        outside = {j["judge"]: j for j in r["judges"]}["scenes_clip"]
+        judges = {j["judge"]: j for j in r["judges"]}
+        outside, s = judges["scenes_clip"], judges["sharpness"]
         table.append(
             {
                 "name": r["run"],
@@ -196,6 +197,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "win/lose": f"{r['win']}/{r['lose']}",
                 "graded": f"{g['mean']:+.3f} [{g['low']:+.3f}, {g['high']:+.3f}]",
                 "scenes_clip": f"{outside['difference']:+.3f}",
+                "sharpness": f"{s['difference']:+.0f} [{s['low']:+.0f}, {s['high']:+.0f}]",
                 "minutes": f"{r['minutes']:.1f}",
             }
         )
